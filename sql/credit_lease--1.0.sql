@@ -1,0 +1,573 @@
+/*
+ * credit_lease 1.0
+ *
+ * Rules of this script: the schema is created bare, so that a schema which
+ * somebody has prepared makes the installation fail instead of being trusted;
+ * nothing is created IF NOT EXISTS or OR REPLACE; every name is qualified;
+ * every routine has a fixed search_path; nothing is granted to PUBLIC; every
+ * table and sequence is dumped with its rows; every object has a comment.
+ *
+ * Columns named *_delta hold a change, NULL for none. Every statement in the
+ * C sources names account with equality, and account leads every key: it is
+ * the lock scope, the idempotency scope and the shard key.
+ */
+
+-- complain if the script is sourced in psql rather than by CREATE EXTENSION
+\echo Use "CREATE EXTENSION credit_lease" to load this file. \quit
+
+CREATE SCHEMA credit_lease;
+COMMENT ON SCHEMA credit_lease IS 'prepaid credits: tranches, holds and the ledger';
+
+----------------------------------------------------------------------
+-- Storage
+----------------------------------------------------------------------
+
+CREATE SEQUENCE credit_lease.tranche_id_seq;
+COMMENT ON SEQUENCE credit_lease.tranche_id_seq IS 'numbers tranches';
+CREATE SEQUENCE credit_lease.reservation_id_seq;
+COMMENT ON SEQUENCE credit_lease.reservation_id_seq IS 'numbers reservations';
+CREATE SEQUENCE credit_lease.entry_id_seq;
+COMMENT ON SEQUENCE credit_lease.entry_id_seq IS 'numbers ledger entries; rises within an account';
+
+-- No CHECK on the amounts, on purpose: every call proves the equation of the
+-- rows that it reads and of those that it writes (LC009), and lease_verify()
+-- names whoever went round it; a constraint would prove it a third time, on
+-- the hottest row there is.
+CREATE TABLE credit_lease.tranche (
+	account text NOT NULL,
+	credit text NOT NULL,
+	tranche_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.tranche_id_seq'),
+	kind text NOT NULL,
+	priority integer NOT NULL,
+	created_at timestamptz NOT NULL,
+	expires_at timestamptz,
+	server text,
+	lease_id text,
+	owner text,
+	frozen boolean NOT NULL DEFAULT false,
+	hold_expires_at timestamptz,
+	open boolean NOT NULL,
+	granted numeric NOT NULL DEFAULT 0,
+	remaining numeric NOT NULL DEFAULT 0,
+	reserved numeric NOT NULL DEFAULT 0,
+	chunked numeric NOT NULL DEFAULT 0,
+	consumed numeric NOT NULL DEFAULT 0,
+	expired numeric NOT NULL DEFAULT 0,
+	returned numeric NOT NULL DEFAULT 0,
+	revoked numeric NOT NULL DEFAULT 0,
+	PRIMARY KEY (account, credit, tranche_id)
+) WITH (fillfactor = 50);	-- room for HOT updates
+ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche_id;
+-- Neither index holds a column that a spend changes, so that spends stay HOT.
+CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, tranche_id) WHERE open;
+CREATE INDEX tranche_expiry ON credit_lease.tranche (expires_at) WHERE open;
+
+COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: granted = remaining + reserved + chunked + consumed + expired + returned + revoked';
+COMMENT ON COLUMN credit_lease.tranche.kind IS 'grant: topped up here';
+COMMENT ON COLUMN credit_lease.tranche.priority IS 'the lowest burns first, then the soonest expiry, then the oldest';
+COMMENT ON COLUMN credit_lease.tranche.expires_at IS 'from this instant nothing of it can be spent; NULL for never';
+COMMENT ON COLUMN credit_lease.tranche.frozen IS 'the pool was frozen while this tranche was open';
+COMMENT ON COLUMN credit_lease.tranche.hold_expires_at IS 'none of its holds expires earlier; NULL when it never had one';
+COMMENT ON COLUMN credit_lease.tranche.open IS 'something is left, held or carved out; only open tranches are read by calls';
+COMMENT ON COLUMN credit_lease.tranche.remaining IS 'can be spent or held, until expires_at';
+COMMENT ON COLUMN credit_lease.tranche.reserved IS 'in holds';
+COMMENT ON COLUMN credit_lease.tranche.chunked IS 'carved out for owners';
+COMMENT ON COLUMN credit_lease.tranche.consumed IS 'spent, less refunds';
+COMMENT ON COLUMN credit_lease.tranche.expired IS 'was left when the tranche expired';
+COMMENT ON COLUMN credit_lease.tranche.returned IS 'given back to where it was leased';
+COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment';
+COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool can draw on';
+COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
+
+CREATE TABLE credit_lease.reservation (
+	account text NOT NULL,
+	reservation_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.reservation_id_seq'),
+	credit text NOT NULL,
+	status text NOT NULL DEFAULT 'held',
+	amount numeric NOT NULL,
+	tranche_ids bigint[] NOT NULL,
+	tranche_amounts numeric[] NOT NULL,
+	created_at timestamptz NOT NULL,
+	expires_at timestamptz NOT NULL,
+	metadata jsonb,
+	ended_at timestamptz,
+	consumed numeric,
+	refunded numeric,
+	shortfall numeric,
+	overage text,
+	end_entry_id bigint,
+	PRIMARY KEY (account, reservation_id),
+	CHECK (status IN ('held', 'settled', 'cancelled', 'expired'))
+);
+ALTER SEQUENCE credit_lease.reservation_id_seq OWNED BY credit_lease.reservation.reservation_id;
+CREATE INDEX reservation_held ON credit_lease.reservation (account, credit, expires_at) WHERE status = 'held';
+CREATE INDEX reservation_expiry ON credit_lease.reservation (expires_at) WHERE status = 'held';
+
+COMMENT ON TABLE credit_lease.reservation IS 'holds and how each ended: settled, cancelled or expired, exactly once';
+COMMENT ON COLUMN credit_lease.reservation.amount IS 'what is or was held, added amounts included';
+COMMENT ON COLUMN credit_lease.reservation.tranche_ids IS 'the tranches it came from, in the order in which it burns';
+COMMENT ON COLUMN credit_lease.reservation.tranche_amounts IS 'how much came from each of them';
+COMMENT ON COLUMN credit_lease.reservation.consumed IS 'spent by the settlement, overage included';
+COMMENT ON COLUMN credit_lease.reservation.refunded IS 'came back to what the pool can spend; what came back to an expired tranche did not';
+COMMENT ON COLUMN credit_lease.reservation.shortfall IS 'asked for at settlement and not there';
+COMMENT ON COLUMN credit_lease.reservation.overage IS 'the overage word of the settlement';
+COMMENT ON COLUMN credit_lease.reservation.end_entry_id IS 'the first ledger entry of the call that ended it';
+COMMENT ON INDEX credit_lease.reservation_held IS 'the holds of a pool by expiry';
+COMMENT ON INDEX credit_lease.reservation_expiry IS 'the sweep: expired holds of every pool';
+
+CREATE TABLE credit_lease.ledger (
+	account text NOT NULL,
+	entry_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.entry_id_seq'),
+	credit text NOT NULL,
+	kind text NOT NULL,
+	amount numeric NOT NULL,
+	available numeric NOT NULL,
+	tranche_id bigint NOT NULL,
+	reservation_id bigint,
+	idempotency_key text,
+	request jsonb,
+	metadata jsonb,
+	reason text,
+	created_at timestamptz NOT NULL,
+	created_by text NOT NULL DEFAULT SESSION_USER,
+	first_entry_id bigint,
+	parts integer,
+	refund_of bigint,
+	granted_delta numeric,
+	remaining_delta numeric,
+	reserved_delta numeric,
+	chunked_delta numeric,
+	consumed_delta numeric,
+	expired_delta numeric,
+	returned_delta numeric,
+	revoked_delta numeric,
+	PRIMARY KEY (account, entry_id)
+);
+ALTER SEQUENCE credit_lease.entry_id_seq OWNED BY credit_lease.ledger.entry_id;
+CREATE UNIQUE INDEX ledger_key ON credit_lease.ledger (account, idempotency_key) WHERE idempotency_key IS NOT NULL;
+
+COMMENT ON TABLE credit_lease.ledger IS 'append-only: one row for each tranche that a call touched';
+COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, cancel, expire, refund or adjust';
+COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back; negative only where an adjustment took away';
+COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call';
+COMMENT ON COLUMN credit_lease.ledger.idempotency_key IS 'on the first row of a call';
+COMMENT ON COLUMN credit_lease.ledger.request IS 'the arguments of a call with a key, as far as no other column has them';
+COMMENT ON COLUMN credit_lease.ledger.first_entry_id IS 'the first row of the call, where this is another';
+COMMENT ON COLUMN credit_lease.ledger.parts IS 'how many rows the call wrote, on the first where there are several';
+COMMENT ON COLUMN credit_lease.ledger.refund_of IS 'the entry of which this gives back';
+COMMENT ON INDEX credit_lease.ledger_key IS 'a key has at most one effect in its account, for ever';
+
+CREATE TABLE credit_lease.refund (
+	account text NOT NULL,
+	entry_id bigint NOT NULL,
+	amount numeric NOT NULL,
+	PRIMARY KEY (account, entry_id)
+);
+COMMENT ON TABLE credit_lease.refund IS 'how much of an entry all its refunds together have given back';
+
+CREATE TABLE credit_lease.frozen_pool (
+	account text NOT NULL,
+	credit text,
+	reason text,
+	frozen_at timestamptz NOT NULL,
+	frozen_by text NOT NULL DEFAULT SESSION_USER,
+	UNIQUE NULLS NOT DISTINCT (account, credit)
+);
+COMMENT ON TABLE credit_lease.frozen_pool IS 'pools that lease_freeze() has stopped; credit NULL for the whole account';
+
+CREATE TABLE credit_lease.policy (
+	account text,
+	credit text,
+	hold_ttl interval CHECK (hold_ttl > '0'),
+	UNIQUE NULLS NOT DISTINCT (account, credit)
+);
+COMMENT ON TABLE credit_lease.policy IS 'settings by pool: NULL stands for every account, every credit; the most specific row that has a value decides, the account before the credit';
+COMMENT ON COLUMN credit_lease.policy.hold_ttl IS 'how long a hold lives when the call does not say; 60 seconds where no row does';
+
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.ledger', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.refund', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.frozen_pool', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.policy', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.entry_id_seq', '');
+
+-- The guard fires in every session_replication_role. It protects the rows
+-- against mistakes; whoever distributes the table may drop it.
+CREATE FUNCTION credit_lease.ledger_guard() RETURNS trigger
+	LANGUAGE c AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.ledger_guard() IS 'trigger: refuses every change of the ledger but appending';
+CREATE TRIGGER ledger_guard BEFORE UPDATE OR DELETE OR TRUNCATE ON credit_lease.ledger
+	FOR EACH STATEMENT EXECUTE FUNCTION credit_lease.ledger_guard();
+ALTER TABLE credit_lease.ledger ENABLE ALWAYS TRIGGER ledger_guard;
+COMMENT ON TRIGGER ledger_guard ON credit_lease.ledger IS 'the ledger is append-only, even for its owner';
+
+----------------------------------------------------------------------
+-- What people read
+----------------------------------------------------------------------
+
+CREATE FUNCTION credit_lease.lease_clock() RETURNS timestamptz
+	LANGUAGE c STABLE PARALLEL RESTRICTED AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_clock() IS 'the instant by which everything expires: the server''s clock, or credit_lease.mock_now';
+
+-- An expired hold that nobody has given back yet is counted as if somebody had.
+CREATE VIEW credit_lease.balance AS
+WITH clock AS MATERIALIZED (SELECT credit_lease.lease_clock() AS now),
+lapsed AS (
+	SELECT r.account, r.credit, p.tranche_id, sum(p.amount) AS amount
+	  FROM credit_lease.reservation r,
+		   unnest(r.tranche_ids, r.tranche_amounts) AS p (tranche_id, amount)
+	 WHERE r.status = 'held' AND r.expires_at <= (SELECT now FROM clock)
+	 GROUP BY r.account, r.credit, p.tranche_id
+),
+tranche AS (
+	SELECT t.*, coalesce(l.amount, 0) AS lapsed,
+		   t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock) AS alive
+	  FROM credit_lease.tranche t
+	  LEFT JOIN lapsed l ON l.account = t.account AND l.credit = t.credit AND l.tranche_id = t.tranche_id
+)
+SELECT account, credit,
+	   coalesce(sum(remaining + lapsed) FILTER (WHERE alive), 0) AS available,
+	   sum(reserved - lapsed) AS reserved,
+	   sum(chunked) AS chunked,
+	   sum(consumed) AS consumed,
+	   sum(expired) + coalesce(sum(remaining + lapsed) FILTER (WHERE NOT alive), 0) AS expired,
+	   sum(granted) AS granted,
+	   min(expires_at) FILTER (WHERE alive AND remaining + lapsed > 0) AS next_expiry
+  FROM tranche
+ GROUP BY account, credit;
+COMMENT ON VIEW credit_lease.balance IS 'what every pool has, by the clock: what has expired is not counted, swept or not';
+COMMENT ON COLUMN credit_lease.balance.available IS 'can be spent or held now';
+COMMENT ON COLUMN credit_lease.balance.next_expiry IS 'when the first of it expires; NULL for never';
+
+CREATE VIEW credit_lease.open_lease AS
+SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
+	   t.granted, t.remaining, t.reserved, t.priority, t.expires_at
+  FROM credit_lease.tranche t
+ WHERE t.open AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()));
+COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up';
+
+CREATE VIEW credit_lease.open_reservation AS
+SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_at, r.metadata
+  FROM credit_lease.reservation r
+ WHERE r.status = 'held' AND r.expires_at > (SELECT credit_lease.lease_clock());
+COMMENT ON VIEW credit_lease.open_reservation IS 'every hold that is alive by the clock';
+
+CREATE VIEW credit_lease.expired_hold AS
+SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_at,
+	   r.ended_at AS reclaimed_at, r.refunded AS returned, r.metadata
+  FROM credit_lease.reservation r
+ WHERE r.status = 'expired'
+	OR (r.status = 'held' AND r.expires_at <= (SELECT credit_lease.lease_clock()));
+COMMENT ON VIEW credit_lease.expired_hold IS 'holds that expired, whose, and how much came back';
+COMMENT ON COLUMN credit_lease.expired_hold.reclaimed_at IS 'when it was given back; NULL while nobody has come by';
+COMMENT ON COLUMN credit_lease.expired_hold.returned IS 'what came back to the pool; the rest was of tranches that had expired too';
+
+CREATE VIEW credit_lease.usage_by_day AS
+SELECT (l.created_at AT TIME ZONE 'UTC')::date AS day, l.account, l.credit,
+	   sum(l.consumed_delta) AS consumed,
+	   count(*) FILTER (WHERE l.first_entry_id IS NULL AND l.consumed_delta > 0) AS calls
+  FROM credit_lease.ledger l
+ WHERE l.consumed_delta IS NOT NULL
+ GROUP BY 1, 2, 3;
+COMMENT ON VIEW credit_lease.usage_by_day IS 'what was spent, less what was refunded, by day (UTC)';
+COMMENT ON COLUMN credit_lease.usage_by_day.calls IS 'calls that spent something';
+
+-- Every branch groups by account, so that one account is checked by index.
+CREATE VIEW credit_lease.finding AS
+-- rule 2, each row: the equation, and no negative term (rule 3)
+SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
+  FROM credit_lease.tranche t,
+	   LATERAL (VALUES
+		('tranche balances', t.granted, t.remaining + t.reserved + t.chunked + t.consumed + t.expired + t.returned + t.revoked),
+		('granted is not negative', greatest(t.granted, 0), t.granted),
+		('remaining is not negative', greatest(t.remaining, 0), t.remaining),
+		('reserved is not negative', greatest(t.reserved, 0), t.reserved),
+		('chunked is not negative', greatest(t.chunked, 0), t.chunked),
+		('consumed is not negative', greatest(t.consumed, 0), t.consumed),
+		('expired is not negative', greatest(t.expired, 0), t.expired),
+		('returned is not negative', greatest(t.returned, 0), t.returned),
+		('revoked is not negative', greatest(t.revoked, 0), t.revoked)
+	   ) AS f (rule, expected, found)
+ WHERE f.expected <> f.found
+UNION ALL
+-- rule 2, across tables: the ledger's sums are the tranches' columns, the
+-- holds' parts are what is reserved
+SELECT s.account, s.credit, s.tranche_id, f.rule, f.expected, f.found
+  FROM (
+	SELECT u.account, u.credit, u.tranche_id,
+		   sum(u.l1) AS l1, sum(u.l2) AS l2, sum(u.l3) AS l3, sum(u.l4) AS l4,
+		   sum(u.l5) AS l5, sum(u.l6) AS l6, sum(u.l7) AS l7, sum(u.l8) AS l8,
+		   sum(u.held) AS held,
+		   sum(u.t1) AS t1, sum(u.t2) AS t2, sum(u.t3) AS t3, sum(u.t4) AS t4,
+		   sum(u.t5) AS t5, sum(u.t6) AS t6, sum(u.t7) AS t7, sum(u.t8) AS t8
+	  FROM (
+		SELECT l.account, l.credit, l.tranche_id,
+			   l.granted_delta, l.remaining_delta, l.reserved_delta, l.chunked_delta,
+			   l.consumed_delta, l.expired_delta, l.returned_delta, l.revoked_delta,
+			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric,
+			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
+		  FROM credit_lease.ledger l
+		UNION ALL
+		SELECT t.account, t.credit, t.tranche_id,
+			   NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+			   t.granted, t.remaining, t.reserved, t.chunked, t.consumed, t.expired, t.returned, t.revoked
+		  FROM credit_lease.tranche t
+		UNION ALL
+		SELECT r.account, r.credit, p.tranche_id,
+			   NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, p.amount,
+			   NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+		  FROM credit_lease.reservation r,
+			   unnest(r.tranche_ids, r.tranche_amounts) AS p (tranche_id, amount)
+		 WHERE r.status = 'held'
+	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, l7, l8, held, t1, t2, t3, t4, t5, t6, t7, t8)
+	 GROUP BY u.account, u.credit, u.tranche_id
+  ) AS s,
+  LATERAL (VALUES
+	('ledger sums to granted', coalesce(s.l1, 0), s.t1),
+	('ledger sums to remaining', coalesce(s.l2, 0), s.t2),
+	('ledger sums to reserved', coalesce(s.l3, 0), s.t3),
+	('ledger sums to chunked', coalesce(s.l4, 0), s.t4),
+	('ledger sums to consumed', coalesce(s.l5, 0), s.t5),
+	('ledger sums to expired', coalesce(s.l6, 0), s.t6),
+	('ledger sums to returned', coalesce(s.l7, 0), s.t7),
+	('ledger sums to revoked', coalesce(s.l8, 0), s.t8),
+	('holds sum to reserved', coalesce(s.held, 0), s.t3)
+  ) AS f (rule, expected, found)
+ WHERE f.expected IS DISTINCT FROM f.found
+UNION ALL
+SELECT l.account, l.credit, l.tranche_id, 'entry ' || l.entry_id || ' balances', l.granted_delta, f.found
+  FROM credit_lease.ledger l,
+	   LATERAL (SELECT coalesce(l.remaining_delta, 0) + coalesce(l.reserved_delta, 0) + coalesce(l.chunked_delta, 0)
+					 + coalesce(l.consumed_delta, 0) + coalesce(l.expired_delta, 0) + coalesce(l.returned_delta, 0)
+					 + coalesce(l.revoked_delta, 0)) AS f (found)
+ WHERE coalesce(l.granted_delta, 0) <> f.found
+UNION ALL
+-- rule 4: the parts of a hold add up, and its entries say how it ended
+SELECT r.account, r.credit, NULL, 'reservation ' || r.reservation_id || ' is the sum of its parts', r.amount, f.found
+  FROM credit_lease.reservation r,
+	   LATERAL (SELECT sum(p.amount) FROM unnest(r.tranche_amounts) AS p (amount)) AS f (found)
+ WHERE r.amount IS DISTINCT FROM f.found
+UNION ALL
+SELECT s.account, s.credit, NULL, 'reservation ' || s.reservation_id || ' ' || f.rule, f.expected, f.found
+  FROM (
+	SELECT u.account, u.credit, u.reservation_id, count(u.amount) AS holds, max(u.amount) AS amount,
+		   bool_or(u.held) AS held, coalesce(max(u.consumed), 0) AS consumed, coalesce(max(u.refunded), 0) AS refunded,
+		   coalesce(sum(u.hold_delta), 0) AS was_held, coalesce(sum(u.reserved_delta), 0) AS is_held,
+		   coalesce(sum(u.consumed_delta), 0) AS was_consumed, coalesce(sum(u.refund_delta), 0) AS was_refunded
+	  FROM (
+		SELECT r.account, r.credit, r.reservation_id, r.amount, r.status = 'held', r.consumed, r.refunded,
+			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
+		  FROM credit_lease.reservation r
+		UNION ALL
+		SELECT l.account, l.credit, l.reservation_id, NULL, NULL, NULL, NULL,
+			   CASE WHEN l.kind IN ('reserve', 'renew') THEN l.reserved_delta END, l.reserved_delta, l.consumed_delta,
+			   CASE WHEN l.kind NOT IN ('reserve', 'renew') THEN greatest(l.remaining_delta, 0) END
+		  FROM credit_lease.ledger l
+		 WHERE l.reservation_id IS NOT NULL
+	  ) AS u (account, credit, reservation_id, amount, held, consumed, refunded, hold_delta, reserved_delta, consumed_delta, refund_delta)
+	 GROUP BY u.account, u.credit, u.reservation_id
+  ) AS s,
+  LATERAL (VALUES
+	('exists', 1::numeric, s.holds::numeric),
+	('was held', s.was_held, s.amount),
+	('is held', s.is_held, CASE WHEN s.held THEN s.amount ELSE 0 END),
+	('was consumed', s.was_consumed, s.consumed),
+	('was refunded', s.was_refunded, s.refunded)
+  ) AS f (rule, expected, found)
+ WHERE f.expected IS DISTINCT FROM f.found
+UNION ALL
+-- refunds give back at most what was consumed, and are counted
+SELECT s.account, s.credit, s.tranche_id, 'entry ' || s.entry_id || ' ' || f.rule, f.expected, f.found
+  FROM (
+	SELECT u.account, u.entry_id, max(u.credit) AS credit, max(u.tranche_id) AS tranche_id,
+		   coalesce(max(u.consumed), 0) AS consumed, coalesce(sum(u.given), 0) AS given, coalesce(max(u.counted), 0) AS counted
+	  FROM (
+		SELECT l.account, l.entry_id, l.credit, l.tranche_id, l.consumed_delta, NULL::numeric, NULL::numeric
+		  FROM credit_lease.ledger l
+		 WHERE l.consumed_delta > 0
+		UNION ALL
+		SELECT l.account, l.refund_of, NULL, NULL, NULL, l.amount, NULL
+		  FROM credit_lease.ledger l
+		 WHERE l.refund_of IS NOT NULL
+		UNION ALL
+		SELECT r.account, r.entry_id, NULL, NULL, NULL, NULL, r.amount
+		  FROM credit_lease.refund r
+	  ) AS u (account, entry_id, credit, tranche_id, consumed, given, counted)
+	 GROUP BY u.account, u.entry_id
+  ) AS s,
+  LATERAL (VALUES
+	('was refunded', s.given, s.counted),
+	('consumed what was refunded', greatest(s.consumed, s.given), s.consumed)
+  ) AS f (rule, expected, found)
+ WHERE f.expected <> f.found
+UNION ALL
+SELECT s.account, max(s.credit), NULL, 'entry ' || s.entry_id || ' has all its parts', max(s.parts), count(*)
+  FROM (SELECT l.account, coalesce(l.first_entry_id, l.entry_id) AS entry_id, l.credit, l.parts
+		  FROM credit_lease.ledger l
+		 WHERE l.parts IS NOT NULL OR l.first_entry_id IS NOT NULL) AS s
+ GROUP BY s.account, s.entry_id
+HAVING max(s.parts) IS DISTINCT FROM count(*);
+COMMENT ON VIEW credit_lease.finding IS 'what lease_verify() finds, for every account; empty when the books balance';
+
+----------------------------------------------------------------------
+-- Results. Types of their own, because arguments and results share names.
+----------------------------------------------------------------------
+
+CREATE TYPE credit_lease.topup_result AS (entry_id bigint, tranche_id bigint, amount numeric, available numeric, replayed boolean);
+COMMENT ON TYPE credit_lease.topup_result IS 'what lease_topup() returns';
+CREATE TYPE credit_lease.entry_result AS (entry_id bigint, amount numeric, available numeric, replayed boolean);
+COMMENT ON TYPE credit_lease.entry_result IS 'what lease_adjust() and lease_refund() return';
+CREATE TYPE credit_lease.consume_result AS (applied boolean, entry_id bigint, amount numeric, available numeric, replayed boolean);
+COMMENT ON TYPE credit_lease.consume_result IS 'what lease_consume() and lease_try_consume() return';
+CREATE TYPE credit_lease.reserve_result AS (applied boolean, reservation_id bigint, amount numeric, available numeric, expires_at timestamptz, replayed boolean);
+COMMENT ON TYPE credit_lease.reserve_result IS 'what lease_reserve() and lease_try_reserve() return';
+CREATE TYPE credit_lease.settle_result AS (reservation_id bigint, reserved numeric, consumed numeric, refunded numeric, shortfall numeric, available numeric, replayed boolean);
+COMMENT ON TYPE credit_lease.settle_result IS 'what lease_settle() returns';
+CREATE TYPE credit_lease.renew_result AS (reservation_id bigint, amount numeric, expires_at timestamptz);
+COMMENT ON TYPE credit_lease.renew_result IS 'what lease_renew() returns';
+
+----------------------------------------------------------------------
+-- Functions. They run as the extension's owner, so that a role needs EXECUTE
+-- and no rights on tables; the ledger records session_user.
+----------------------------------------------------------------------
+
+-- Money in
+
+CREATE FUNCTION credit_lease.lease_topup(account text, credit text, amount numeric, idempotency_key text DEFAULT NULL,
+		expires_at timestamptz DEFAULT NULL, priority integer DEFAULT 100, metadata jsonb DEFAULT NULL)
+	RETURNS credit_lease.topup_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_topup(text, text, numeric, text, timestamptz, integer, jsonb) IS
+	'grants credit to a pool, as a tranche with its own expiry and priority';
+
+CREATE FUNCTION credit_lease.lease_adjust(account text, credit text, amount numeric, reason text,
+		idempotency_key text DEFAULT NULL, metadata jsonb DEFAULT NULL)
+	RETURNS credit_lease.entry_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_adjust(text, text, numeric, text, text, jsonb) IS
+	'corrects a pool by a signed amount: grants it, or revokes it in burn order';
+
+CREATE FUNCTION credit_lease.lease_refund(account text, entry_id bigint, amount numeric DEFAULT NULL,
+		reason text DEFAULT NULL, idempotency_key text DEFAULT NULL)
+	RETURNS credit_lease.entry_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_refund(text, bigint, numeric, text, text) IS
+	'gives back what the call of a ledger entry consumed, or a part of it, to the tranches it came from';
+
+-- Spending
+
+CREATE FUNCTION credit_lease.lease_consume(account text, credit text, amount numeric,
+		idempotency_key text DEFAULT NULL, metadata jsonb DEFAULT NULL)
+	RETURNS credit_lease.consume_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_consume(text, text, numeric, text, jsonb) IS
+	'spends credit at once; raises when it cannot';
+
+CREATE FUNCTION credit_lease.lease_try_consume(account text, credit text, amount numeric,
+		idempotency_key text DEFAULT NULL, metadata jsonb DEFAULT NULL)
+	RETURNS credit_lease.consume_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_try_consume(text, text, numeric, text, jsonb) IS
+	'spends credit at once; applied is false when there is not enough or the pool is frozen';
+
+CREATE FUNCTION credit_lease.lease_reserve(account text, credit text, amount numeric, ttl interval DEFAULT NULL,
+		idempotency_key text DEFAULT NULL, min_amount numeric DEFAULT NULL, metadata jsonb DEFAULT NULL)
+	RETURNS credit_lease.reserve_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_reserve(text, text, numeric, interval, text, numeric, jsonb) IS
+	'holds credit until it is settled, cancelled or expires; raises when it cannot';
+
+CREATE FUNCTION credit_lease.lease_try_reserve(account text, credit text, amount numeric, ttl interval DEFAULT NULL,
+		idempotency_key text DEFAULT NULL, min_amount numeric DEFAULT NULL, metadata jsonb DEFAULT NULL)
+	RETURNS credit_lease.reserve_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_try_reserve(text, text, numeric, interval, text, numeric, jsonb) IS
+	'holds credit until it is settled, cancelled or expires; applied is false when there is not enough or the pool is frozen';
+
+CREATE FUNCTION credit_lease.lease_settle(account text, reservation_id bigint, amount numeric DEFAULT NULL,
+		overage text DEFAULT 'charge', metadata jsonb DEFAULT NULL)
+	RETURNS credit_lease.settle_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_settle(text, bigint, numeric, text, jsonb) IS
+	'ends a hold by spending amount of it (NULL for all) and giving the rest back; overage: charge, clamp or refuse';
+
+CREATE FUNCTION credit_lease.lease_cancel(account text, reservation_id bigint)
+	RETURNS boolean
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_cancel(text, bigint) IS
+	'ends a hold by giving it back; true when it is or was already given back, false when it was settled';
+
+CREATE FUNCTION credit_lease.lease_renew(account text, reservation_id bigint, ttl interval DEFAULT NULL,
+		add_amount numeric DEFAULT 0)
+	RETURNS credit_lease.renew_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_renew(text, bigint, interval, numeric) IS
+	'lets a hold live until ttl from now, never shorter than it would, and may hold more';
+
+-- Looking
+
+CREATE FUNCTION credit_lease.lease_balance(account text, credit text DEFAULT NULL)
+	RETURNS SETOF credit_lease.balance
+	LANGUAGE c STABLE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_balance(text, text) IS
+	'what an account has now, a row for each credit';
+
+CREATE FUNCTION credit_lease.lease_verify(account text DEFAULT NULL)
+	RETURNS SETOF credit_lease.finding
+	LANGUAGE c STABLE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_verify(text) IS
+	'recomputes an account, or all of them, from the ledger; no row means that the books balance';
+
+CREATE FUNCTION credit_lease.lease_reclaim(max_rows integer DEFAULT NULL)
+	RETURNS bigint
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_reclaim(integer) IS
+	'sweeps now: gives expired holds back and writes expired tranches off; the number of holds given back';
+
+-- Administration
+
+CREATE FUNCTION credit_lease.lease_freeze(account text, credit text DEFAULT NULL, reason text DEFAULT NULL)
+	RETURNS boolean
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_freeze(text, text, text) IS
+	'stops spending and holding in a pool, or in all of an account; false when it was stopped already';
+
+CREATE FUNCTION credit_lease.lease_unfreeze(account text, credit text DEFAULT NULL)
+	RETURNS boolean
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_unfreeze(text, text) IS
+	'lifts the freeze of a pool, or every freeze of an account; false when there was none';
+
+CREATE FUNCTION credit_lease.lease_grant_access(role name, level text)
+	RETURNS void
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_grant_access(name, text) IS
+	'grants a role what it needs to spend, to read, or to admin';
+
+REVOKE ALL ON ALL TABLES IN SCHEMA credit_lease FROM PUBLIC;
+REVOKE ALL ON ALL SEQUENCES IN SCHEMA credit_lease FROM PUBLIC;
+REVOKE ALL ON ALL ROUTINES IN SCHEMA credit_lease FROM PUBLIC;
+REVOKE ALL ON TYPE credit_lease.topup_result, credit_lease.entry_result, credit_lease.consume_result,
+	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result FROM PUBLIC;
+REVOKE ALL ON SCHEMA credit_lease FROM PUBLIC;

@@ -1,0 +1,187 @@
+/*
+ * admin.c
+ *		lease_freeze(), lease_unfreeze(), lease_grant_access(), and the guard
+ *		of the ledger.
+ *
+ * A freeze is a row of frozen_pool, which calls look for, and a mark on each
+ * open tranche: the mark makes a call that was waiting for the tranche see the
+ * freeze when it goes on, and makes one at REPEATABLE READ fail with 40001.
+ *
+ * Locks: the tranches of the pools, by credit and tranche_id, then the row of
+ * frozen_pool.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "utils/acl.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "argument.h"
+#include "clock.h"
+#include "statement.h"
+
+static Statement lock_statement = {
+	.sql = "SELECT FROM credit_lease.tranche t"
+	" WHERE t.account = $1 AND ($2 IS NULL OR t.credit = $2) AND (t.open OR t.frozen)"
+	" ORDER BY t.credit, t.tranche_id FOR NO KEY UPDATE",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
+
+static Statement freeze_statement = {
+	.sql = "INSERT INTO credit_lease.frozen_pool (account, credit, reason, frozen_at)"
+	" VALUES ($1, $2, $3, $4) ON CONFLICT (account, credit) DO NOTHING",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+static Statement unfreeze_statement = {
+	.sql = "DELETE FROM credit_lease.frozen_pool f"
+	" WHERE f.account = $1 AND ($2 IS NULL OR f.credit = $2)",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
+
+static Statement mark_statement = {
+	.sql = "UPDATE credit_lease.tranche t SET frozen = EXISTS (SELECT FROM credit_lease.frozen_pool f"
+	"  WHERE f.account = $1 AND (f.credit = t.credit OR f.credit IS NULL))"
+	" WHERE t.account = $1 AND ($2 IS NULL OR t.credit = $2) AND (t.open OR t.frozen)",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
+
+static const char *const level_word[] = {"spend", "read", "admin"};
+
+/* What the levels may do, as statements for the role %I. */
+static const char *const level_grants[] = {
+	"SELECT pg_catalog.format('GRANT USAGE ON SCHEMA credit_lease TO %I', $1)"
+	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
+	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
+	"  AND p.proname IN ('lease_balance', 'lease_consume', 'lease_try_consume', 'lease_reserve',"
+	"   'lease_try_reserve', 'lease_settle', 'lease_cancel', 'lease_renew')",
+
+	"SELECT pg_catalog.format('GRANT USAGE ON SCHEMA credit_lease TO %I', $1)"
+	" UNION ALL SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
+	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
+	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
+	"  AND p.proname IN ('lease_balance', 'lease_verify', 'lease_clock')",
+
+	"SELECT pg_catalog.format('GRANT USAGE ON SCHEMA credit_lease TO %I', $1)"
+	" UNION ALL SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
+	" UNION ALL SELECT pg_catalog.format('GRANT INSERT, UPDATE, DELETE ON credit_lease.policy TO %I', $1)"
+	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
+	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
+	"  AND p.proname LIKE 'lease\\_%'"
+};
+
+/* Locks what a freeze concerns, runs the change, and marks the tranches anew. */
+static bool
+change_freeze(Statement *change, Parameters *of_change, Parameters *of_pools)
+{
+	bool		changed;
+
+	statement_begin();
+	statement_execute(&lock_statement, of_pools);
+	changed = statement_execute(change, of_change) > 0;
+	if (changed)
+		statement_execute(&mark_statement, of_pools);
+	SPI_finish();
+	return changed;
+}
+
+/*
+ * lease_freeze(account, credit, reason)
+ *		Stops spending and holding in a pool, or in all of an account, now and
+ *		in future; returns false where exactly that was stopped already.
+ */
+PG_FUNCTION_INFO_V1(lease_freeze);
+Datum
+lease_freeze(PG_FUNCTION_ARGS)
+{
+	Parameters	of_pools = {0};
+	Parameters	of_freeze;
+	TimestampTz now = clock_now();
+
+	parameter_add_pointer(&of_pools, argument_text(fcinfo, 0, "account"));
+	parameter_add_pointer(&of_pools, argument_optional_text(fcinfo, 1, "credit"));
+	of_freeze = of_pools;
+	parameter_add_pointer(&of_freeze, argument_optional_text(fcinfo, 2, "reason"));
+	parameter_add(&of_freeze, TimestampTzGetDatum(now));
+	PG_RETURN_BOOL(change_freeze(&freeze_statement, &of_freeze, &of_pools));
+}
+
+/*
+ * lease_unfreeze(account, credit)
+ *		Lifts the freeze of a pool, or every freeze of an account; returns false
+ *		where there was none. The freeze of an account is not lifted for one of
+ *		its pools alone.
+ */
+PG_FUNCTION_INFO_V1(lease_unfreeze);
+Datum
+lease_unfreeze(PG_FUNCTION_ARGS)
+{
+	Parameters	of_pools = {0};
+
+	parameter_add_pointer(&of_pools, argument_text(fcinfo, 0, "account"));
+	parameter_add_pointer(&of_pools, argument_optional_text(fcinfo, 1, "credit"));
+	PG_RETURN_BOOL(change_freeze(&unfreeze_statement, &of_pools, &of_pools));
+}
+
+/*
+ * lease_grant_access(role, level)
+ *		Grants a role what it needs to spend (the functions under "Spending",
+ *		and lease_balance), to read (tables, views, lease_verify), or to admin
+ *		(everything). Takes the locks of GRANT. Raises 42704 for an unknown
+ *		role; PUBLIC is none.
+ */
+PG_FUNCTION_INFO_V1(lease_grant_access);
+Datum
+lease_grant_access(PG_FUNCTION_ARGS)
+{
+	Name		role;
+	text	   *level = argument_text(fcinfo, 1, "level");
+	int			word = argument_word(level, "level", level_word, lengthof(level_word));
+	Oid			argtypes[] = {NAMEOID};
+	Datum		values[1];
+	SPITupleTable *grants;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("role must not be null")));
+	role = PG_GETARG_NAME(0);
+	get_role_oid(NameStr(*role), false);
+
+	statement_begin();
+	values[0] = NameGetDatum(role);
+	if (SPI_execute_with_args(level_grants[word], 1, argtypes, values, NULL, true, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not list the grants of level \"%s\"", level_word[word]);
+	grants = SPI_tuptable;
+	for (uint64 i = 0; i < grants->numvals; i++)
+	{
+		if (SPI_execute(SPI_getvalue(grants->vals[i], grants->tupdesc, 1), false, 0) != SPI_OK_UTILITY)
+			elog(ERROR, "could not grant level \"%s\"", level_word[word]);
+	}
+	SPI_finish();
+	PG_RETURN_VOID();
+}
+
+/*
+ * ledger_guard()
+ *		Trigger function that refuses what it is fired for.
+ */
+PG_FUNCTION_INFO_V1(ledger_guard);
+Datum
+ledger_guard(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		elog(ERROR, "ledger_guard() was not called by a trigger");
+
+	ereport(ERROR,
+			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+			 errmsg("the ledger is append-only"),
+			 errhint("Correct a balance with credit_lease.lease_adjust() or credit_lease.lease_refund().")));
+}

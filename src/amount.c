@@ -1,0 +1,111 @@
+/*
+ * amount.c
+ *		Exact amounts: what the ledger needs of numeric.
+ *
+ * All results are allocated in the current memory context, but for
+ * amount_zero(). NaN and infinity are ordinary arguments here; argument.c
+ * keeps them out and pool.c refuses them where they are stored.
+ */
+#include "postgres.h"
+
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/memutils.h"
+
+#include "amount.h"
+
+static Numeric
+constant(const char *digits)
+{
+	MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+	Datum		value = DirectFunctionCall3(numeric_in,
+											CStringGetDatum(digits),
+											ObjectIdGetDatum(InvalidOid),
+											Int32GetDatum(-1));
+
+	MemoryContextSwitchTo(old);
+	return DatumGetNumeric(value);
+}
+
+/* Returns 0; never to be freed. */
+Numeric
+amount_zero(void)
+{
+	static Numeric zero = NULL;
+
+	if (zero == NULL)
+		zero = constant("0");
+	return zero;
+}
+
+Numeric
+amount_add(Numeric a, Numeric b)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_add,
+											   NumericGetDatum(a),
+											   NumericGetDatum(b)));
+}
+
+Numeric
+amount_subtract(Numeric a, Numeric b)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_sub,
+											   NumericGetDatum(a),
+											   NumericGetDatum(b)));
+}
+
+Numeric
+amount_negate(Numeric a)
+{
+	return DatumGetNumeric(DirectFunctionCall1(numeric_uminus,
+											   NumericGetDatum(a)));
+}
+
+/* Returns the lower of the two, itself and not a copy. */
+Numeric
+amount_min(Numeric a, Numeric b)
+{
+	return amount_compare(a, b) <= 0 ? a : b;
+}
+
+/* Returns less than, equal to or more than 0, as a is to b. */
+int
+amount_compare(Numeric a, Numeric b)
+{
+	return DatumGetInt32(DirectFunctionCall2(numeric_cmp,
+											 NumericGetDatum(a),
+											 NumericGetDatum(b)));
+}
+
+/* Returns -1, 0 or 1; NaN counts as positive, as it sorts. */
+int
+amount_sign(Numeric a)
+{
+	return amount_compare(a, amount_zero());
+}
+
+/*
+ * amount_has_too_many_digits
+ *		Returns whether a finite number does not fit the digits that an
+ *		amount may have. Zeros at the end of the fraction do not count.
+ */
+bool
+amount_has_too_many_digits(Numeric a)
+{
+	static Numeric bound = NULL;
+	Datum		size = DirectFunctionCall1(numeric_abs, NumericGetDatum(a));
+
+	if (bound == NULL)
+		bound = constant("1e" CppAsString2(AMOUNT_MAX_INTEGER_DIGITS));
+
+	return amount_compare(DatumGetNumeric(size), bound) >= 0 ||
+		DatumGetInt32(DirectFunctionCall1(numeric_min_scale,
+										  NumericGetDatum(a))) > AMOUNT_MAX_SCALE;
+}
+
+/* Returns the digits, for messages. */
+char *
+amount_out(Numeric a)
+{
+	return DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(a)));
+}

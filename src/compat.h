@@ -1,0 +1,28 @@
+/*
+ * compat.h
+ *		Differences between PostgreSQL 15 and later, so that the rest of the
+ *		code is written for the newest.
+ *
+ * Every test of PG_VERSION_NUM stands here.
+ */
+#ifndef CREDIT_LEASE_COMPAT_H
+#define CREDIT_LEASE_COMPAT_H
+
+#include "utils/datetime.h"
+#include "utils/guc.h"
+
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#else
+#define guc_malloc(elevel, size) malloc(size)
+
+typedef struct DateTimeErrorExtra
+{
+	const char *dummy;
+} DateTimeErrorExtra;
+
+#define DecodeDateTime(field, ftype, nf, dtype, tm, fsec, tzp, extra) \
+	((void) (extra), DecodeDateTime(field, ftype, nf, dtype, tm, fsec, tzp))
+#endif
+
+#endif							/* CREDIT_LEASE_COMPAT_H */

@@ -1,0 +1,89 @@
+/*
+ * consume.c
+ *		lease_consume() and lease_try_consume(): credit that is spent at once.
+ *
+ * Locks: the pool's tranches, then the key.
+ */
+#include "postgres.h"
+
+#include "argument.h"
+#include "clock.h"
+#include "ledger.h"
+#include "reclaim.h"
+#include "statement.h"
+
+static const EntryKind kind_consume = {"consume", CONSUMED, false};
+
+static Datum
+consume(FunctionCallInfo fcinfo, bool try)
+{
+	Request		request = {.kind = &kind_consume};
+	Pool		pool = {.lock = POOL_BY_CREDIT};
+	int64		reservation_id = NO_RESERVATION;
+	Numeric		amount;
+	int64		entry_id = 0;
+	bool		refused;
+	bool		replayed = false;
+	FirstCall	first = {0};
+	MemoryContext caller;
+	Datum		values[5];
+	bool		nulls[5] = {false};
+
+	request.now = pool.now = clock_now();
+	request.account = pool.account = argument_text(fcinfo, 0, "account");
+	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
+	amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
+	request.key = argument_optional_text(fcinfo, 3, "idempotency_key");
+	request.metadata = argument_optional_jsonb(fcinfo, 4);
+	caller = statement_begin();
+	request_begin_arguments(&request);
+	request_add_amount(&request, "amount", amount);
+	request_end_arguments(&request);
+
+	reclaim_lock(&pool);
+	refused = pool.frozen || !reclaim_cover(&pool, amount);
+	if (!refused)
+	{
+		pool_take(&pool, amount, CONSUMED);
+		entry_id = ledger_post(&pool, &request, &reservation_id);
+	}
+	if (entry_id == 0)
+	{
+		replayed = request_find_first(&request, !refused, &first);
+		if (replayed)
+			refused = false;
+		else if (!try)
+			pool_refuse(&pool, amount);
+	}
+
+	values[0] = BoolGetDatum(!refused);
+	values[1] = Int64GetDatum(replayed ? first.entry_id : entry_id);
+	nulls[1] = refused;
+	values[2] = NumericGetDatum(refused ? amount_zero() : amount);
+	values[3] = NumericGetDatum(replayed ? first.available : pool.available);
+	values[4] = BoolGetDatum(replayed);
+	return statement_end(caller, fcinfo, values, nulls);
+}
+
+/*
+ * lease_consume(account, credit, amount, idempotency_key, metadata)
+ *		Spends an amount in burn order and returns what was done. Raises LC001,
+ *		LC002, LC007 and LC009.
+ */
+PG_FUNCTION_INFO_V1(lease_consume);
+Datum
+lease_consume(PG_FUNCTION_ARGS)
+{
+	return consume(fcinfo, false);
+}
+
+/*
+ * lease_try_consume(account, credit, amount, idempotency_key, metadata)
+ *		The same, but returns applied = false where that raises LC001 or LC007.
+ */
+PG_FUNCTION_INFO_V1(lease_try_consume);
+Datum
+lease_try_consume(PG_FUNCTION_ARGS)
+{
+	return consume(fcinfo, true);
+}

@@ -1,0 +1,37 @@
+/*
+ * credit_lease.c
+ *		The module: magic block and initialization.
+ *
+ * How the sources hang together, from the caller down:
+ *
+ *	money_in.c, consume.c, reservation.c, reclaim.c, balance.c, admin.c
+ *				the SQL functions
+ *	argument.c	checks of what the caller passed, before anything is locked
+ *	request.c	the idempotency key and what it stands for
+ *	pool.c		the tranches of one pool: locking, deciding, moving amounts
+ *	ledger.c	writing what was moved, to the ledger and to the tranches
+ *	statement.c	kept SPI plans
+ *	amount.c, clock.c
+ *				exact amounts, and the time
+ *
+ * Lock order, within one call: the tranche rows of a pool by tranche_id, then
+ * its reservation rows, then the unique index of the ledger's keys. Whoever
+ * sweeps several pools (reclaim.c) never waits for a row.
+ */
+#include "postgres.h"
+
+#include "fmgr.h"
+
+#include "clock.h"
+#include "compat.h"
+
+PG_MODULE_MAGIC;
+
+void		_PG_init(void);
+
+void
+_PG_init(void)
+{
+	clock_define_settings();
+	MarkGUCPrefixReserved("credit_lease");
+}

@@ -1,0 +1,46 @@
+#ifndef CREDIT_LEASE_HOLD_H
+#define CREDIT_LEASE_HOLD_H
+
+#include "utils/jsonb.h"
+
+#include "pool.h"
+
+typedef enum HoldStatus
+{
+	HOLD_HELD,
+	HOLD_SETTLED,
+	HOLD_CANCELLED,
+	HOLD_EXPIRED
+} HoldStatus;
+
+/* A row of credit_lease.reservation. */
+typedef struct Hold
+{
+	int64		reservation_id;
+	text	   *credit;
+	HoldStatus	status;
+	Numeric		amount;
+	TimestampTz expires_at;
+	int			nparts;			/* the tranches it came from, in burn order */
+	int64	   *tranche_id;
+	Numeric    *part;
+
+	/* how it ended; NULL and 0 while it is held */
+	Numeric		consumed;
+	Numeric		refunded;
+	Numeric		shortfall;
+	text	   *overage;
+	int64		end_entry_id;
+} Hold;
+
+extern bool hold_find(text *account, int64 reservation_id, Hold *hold);
+extern int	hold_find_lapsed(const Pool *pool, int limit, Hold **holds);
+extern bool hold_is_locked(const Pool *pool, const Hold *hold);
+extern void hold_collect(Pool *pool, Hold *hold, TimestampTz expires_at);
+extern void hold_create(const Pool *pool, const Hold *hold, Jsonb *metadata);
+extern void hold_renew(const Pool *pool, const Hold *hold);
+extern TimestampTz hold_next_expiry(const Pool *pool);
+extern void hold_release(Pool *pool, Hold *hold, Numeric consumed);
+extern void hold_end(const Pool *pool, const Hold *hold);
+
+#endif							/* CREDIT_LEASE_HOLD_H */

@@ -1,0 +1,319 @@
+/*
+ * ledger.c
+ *		Writes what was moved in a pool: entries first, tranches after them.
+ *
+ * Both come from the same amounts in memory, so that the books cannot differ
+ * from the balances. The entry comes first because its key decides whether the
+ * call happens at all: where the key is taken, nothing has been written yet.
+ * That insert waits for a transaction in progress that uses the same key, and
+ * is 40001 above READ COMMITTED if that one commits.
+ *
+ * The change of a tranche is relative and refuses to go below zero: even a
+ * trigger on the ledger that spends from the same pool gets LC009 and never
+ * more credit than there is.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "amount.h"
+#include "errors.h"
+#include "ledger.h"
+#include "statement.h"
+
+/*
+ * $6 and $7 are 0 for a tranche or a reservation that is about to be made.
+ */
+#define APPEND \
+	"INSERT INTO credit_lease.ledger (account, credit, kind, amount, available," \
+	" tranche_id, reservation_id, idempotency_key, request, metadata, reason, created_at," \
+	" first_entry_id, parts, refund_of," \
+	" granted_delta, remaining_delta, reserved_delta, chunked_delta," \
+	" consumed_delta, expired_delta, returned_delta, revoked_delta)" \
+	" VALUES ($1, $2, $3, $4, $5," \
+	" CASE $6 WHEN 0 THEN pg_catalog.nextval('credit_lease.tranche_id_seq') ELSE $6 END," \
+	" CASE $7 WHEN 0 THEN pg_catalog.nextval('credit_lease.reservation_id_seq') ELSE $7 END," \
+	" $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23)" \
+	" ON CONFLICT (account, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING" \
+	" RETURNING entry_id, tranche_id, reservation_id"
+
+#define APPEND_TYPES \
+	TEXTOID, TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, \
+	INT8OID, INT8OID, TEXTOID, JSONBOID, JSONBOID, TEXTOID, TIMESTAMPTZOID, \
+	INT8OID, INT4OID, INT8OID, \
+	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
+	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
+
+#define STATE_TYPES \
+	BOOLOID, TIMESTAMPTZOID, \
+	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
+	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
+
+static Statement append_statement = {
+	.sql = APPEND,
+	.nargs = 23,
+	.argtypes = {APPEND_TYPES}
+};
+
+static Statement post_statement = {
+	.sql = "WITH entry AS (" APPEND ")"
+	" UPDATE credit_lease.tranche t SET open = $25, hold_expires_at = $26,"
+	" granted = $27, remaining = $28, reserved = $29, chunked = $30,"
+	" consumed = $31, expired = $32, returned = $33, revoked = $34"
+	" FROM entry WHERE t.account = $1 AND t.ctid = $24"
+	" RETURNING entry.entry_id, entry.tranche_id, entry.reservation_id",
+	.nargs = 34,
+	.argtypes = {APPEND_TYPES, TIDOID, STATE_TYPES}
+};
+
+static Statement change_statement = {
+	.sql = "UPDATE credit_lease.tranche t SET open = $3, hold_expires_at = $4,"
+	" granted = $5, remaining = $6, reserved = $7, chunked = $8,"
+	" consumed = $9, expired = $10, returned = $11, revoked = $12"
+	" WHERE t.account = $1 AND t.ctid = $2 RETURNING t.ctid",
+	.nargs = 12,
+	.argtypes = {TEXTOID, TIDOID, STATE_TYPES}
+};
+
+static Statement create_statement = {
+	.sql = "INSERT INTO credit_lease.tranche (account, credit, tranche_id,"
+	" open, hold_expires_at,"
+	" granted, remaining, reserved, chunked, consumed, expired, returned, revoked,"
+	" kind, priority, expires_at, created_at)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 'grant', $14, $15, $16)"
+	" RETURNING ctid",
+	.nargs = 16,
+	.argtypes = {TEXTOID, TEXTOID, INT8OID, STATE_TYPES,
+	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+};
+
+/* Returns what became of an amount, NULL for no change. */
+static Numeric
+change(const Tranche *tranche, const Numeric *from, Bucket bucket)
+{
+	if (tranche->balance[bucket] == from[bucket])
+		return NULL;
+	return amount_subtract(tranche->balance[bucket], from[bucket]);
+}
+
+static bool
+is_changed(const Tranche *tranche, const Numeric *from)
+{
+	return memcmp(tranche->balance, from, sizeof(tranche->balance)) != 0;
+}
+
+/*
+ * Raises LC009: something that the call itself set off, a trigger for instance,
+ * has changed a tranche that the call has locked.
+ */
+static void
+changed_behind(const Pool *pool, const Tranche *tranche)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_BOOKS),
+			 errmsg("tranche " INT64_FORMAT " of account \"%s\" was changed behind this call",
+					tranche->tranche_id, text_to_cstring(pool->account))));
+}
+
+/* Returns how many tranches the ledger is behind of, and the last of them. */
+static int
+count_changed(const Pool *pool, Tranche **last)
+{
+	int			n = 0;
+
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		if (is_changed(pool->tranche[i], pool->tranche[i]->logged))
+		{
+			*last = pool->tranche[i];
+			n++;
+		}
+	}
+	return n;
+}
+
+/* Adds the parameters of APPEND. */
+static void
+add_entry(Parameters *parameters, const Pool *pool, const Request *request,
+		  const Tranche *tranche, int64 reservation_id, int64 first_entry_id, int parts)
+{
+	bool		first = first_entry_id == 0;
+	Numeric		amount = change(tranche, tranche->logged, request->kind->bucket);
+
+	if (amount == NULL)
+		amount = amount_zero();
+	else if (request->kind->negated)
+		amount = amount_negate(amount);
+
+	parameter_add_pointer(parameters, pool->account);
+	parameter_add_pointer(parameters, pool->credit);
+	parameter_add_pointer(parameters, cstring_to_text(request->kind->name));
+	parameter_add_pointer(parameters, amount);
+	parameter_add_pointer(parameters, pool->available);
+	parameter_add(parameters, Int64GetDatum(tranche->tranche_id));
+	if (reservation_id == NO_RESERVATION)
+		parameter_add_null(parameters);
+	else
+		parameter_add(parameters, Int64GetDatum(reservation_id));
+	parameter_add_pointer(parameters, first ? request->key : NULL);
+	parameter_add_pointer(parameters, first ? request->arguments : NULL);
+	parameter_add_pointer(parameters, request->metadata);
+	parameter_add_pointer(parameters, request->reason);
+	parameter_add(parameters, TimestampTzGetDatum(request->now));
+	if (first)
+		parameter_add_null(parameters);
+	else
+		parameter_add(parameters, Int64GetDatum(first_entry_id));
+	if (first && parts > 1)
+		parameter_add(parameters, Int32GetDatum(parts));
+	else
+		parameter_add_null(parameters);
+	if (tranche->refund_of != 0)
+		parameter_add(parameters, Int64GetDatum(tranche->refund_of));
+	else
+		parameter_add_null(parameters);
+	for (int b = 0; b < BUCKETS; b++)
+		parameter_add_pointer(parameters, change(tranche, tranche->logged, b));
+}
+
+/* Reads what APPEND returns. */
+static void
+read_entry(Tranche *tranche, int64 *reservation_id, int64 *first_entry_id)
+{
+	bool		isnull;
+
+	if (*first_entry_id == 0)
+		*first_entry_id = DatumGetInt64(statement_value(0, 1, &isnull));
+	tranche->tranche_id = DatumGetInt64(statement_value(0, 2, &isnull));
+	if (*reservation_id == NEW_RESERVATION)
+		*reservation_id = DatumGetInt64(statement_value(0, 3, &isnull));
+	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
+}
+
+static void
+add_instant(Parameters *parameters, TimestampTz instant)
+{
+	if (TIMESTAMP_IS_NOEND(instant))
+		parameter_add_null(parameters);
+	else
+		parameter_add(parameters, TimestampTzGetDatum(instant));
+}
+
+/* Adds the columns of a tranche that calls change. */
+static void
+add_state(Parameters *parameters, const Tranche *tranche)
+{
+	parameter_add(parameters, BoolGetDatum(amount_sign(tranche->balance[REMAINING]) != 0 ||
+										   amount_sign(tranche->balance[RESERVED]) != 0 ||
+										   amount_sign(tranche->balance[CHUNKED]) != 0));
+	add_instant(parameters, tranche->hold_expires_at);
+	for (int b = 0; b < BUCKETS; b++)
+		parameter_add_pointer(parameters, tranche->balance[b]);
+}
+
+/*
+ * ledger_append
+ *		Appends an entry for each tranche that was moved since the last time,
+ *		in burn order, and returns the first one's number; 0 if the request's
+ *		key is taken, in which case nothing was appended. At least one tranche
+ *		must have been moved.
+ *
+ * *reservation_id is what the entries belong to; NEW_RESERVATION is replaced
+ * by the number that was drawn.
+ */
+int64
+ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
+{
+	int64		first_entry_id = 0;
+	Tranche    *last;
+	int			parts = count_changed(pool, &last);
+
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		Tranche    *tranche = pool->tranche[i];
+		Parameters	parameters = {0};
+
+		if (!is_changed(tranche, tranche->logged))
+			continue;
+		add_entry(&parameters, pool, request, tranche, *reservation_id, first_entry_id, parts);
+		if (statement_execute(&append_statement, &parameters) == 0)
+			return 0;
+		read_entry(tranche, reservation_id, &first_entry_id);
+	}
+
+	Assert(first_entry_id != 0);
+	return first_entry_id;
+}
+
+/*
+ * ledger_save
+ *		Writes the tranches that have changed since they were read or saved.
+ *		All of it must have been appended to the ledger.
+ */
+void
+ledger_save(Pool *pool)
+{
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		Tranche    *tranche = pool->tranche[i];
+		Statement  *statement = tranche->is_new ? &create_statement : &change_statement;
+		Parameters	parameters = {0};
+		bool		isnull;
+
+		Assert(!is_changed(tranche, tranche->logged));
+		if (!is_changed(tranche, tranche->stored))
+			continue;
+
+		parameter_add_pointer(&parameters, pool->account);
+		if (tranche->is_new)
+		{
+			parameter_add_pointer(&parameters, pool->credit);
+			parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
+		}
+		else
+			parameter_add_pointer(&parameters, &tranche->tid);
+		add_state(&parameters, tranche);
+		if (tranche->is_new)
+		{
+			parameter_add(&parameters, Int32GetDatum(tranche->priority));
+			add_instant(&parameters, tranche->expires_at);
+			parameter_add(&parameters, TimestampTzGetDatum(pool->now));
+		}
+
+		if (statement_execute(statement, &parameters) != 1)
+			changed_behind(pool, tranche);
+		tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(0, 1, &isnull));
+		memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
+		tranche->is_new = false;
+	}
+}
+
+/*
+ * ledger_post
+ *		Appends and saves; see ledger_append(). The usual call, which moved
+ *		something in one tranche, does both in one statement.
+ */
+int64
+ledger_post(Pool *pool, const Request *request, int64 *reservation_id)
+{
+	Tranche    *tranche = NULL;
+	int64		entry_id = 0;
+	Parameters	parameters = {0};
+
+	if (count_changed(pool, &tranche) != 1 || tranche->is_new)
+	{
+		entry_id = ledger_append(pool, request, reservation_id);
+		if (entry_id != 0)
+			ledger_save(pool);
+		return entry_id;
+	}
+
+	add_entry(&parameters, pool, request, tranche, *reservation_id, 0, 1);
+	parameter_add_pointer(&parameters, &tranche->tid);
+	add_state(&parameters, tranche);
+	if (statement_execute(&post_statement, &parameters) != 0)
+		read_entry(tranche, reservation_id, &entry_id);
+	return entry_id;
+}

@@ -1,0 +1,327 @@
+/*
+ * pool.c
+ *		The tranches of one pool: locking, checking and moving amounts.
+ *
+ * pool_lock() locks the open tranches of a pool in the order of tranche_id,
+ * the same for everyone, and copies them; pool_move() and its friends change
+ * the copies; ledger.c writes what changed. Locks are held until the end of
+ * the transaction. A row that a concurrent transaction has changed since the
+ * snapshot is read again at READ COMMITTED and is 40001 above it (rule 1).
+ *
+ * Every row is proved when it is read and every move when it is made: a
+ * negative or unbalanced amount is LC009 (rule 3).
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "lib/stringinfo.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "amount.h"
+#include "errors.h"
+#include "pool.h"
+#include "statement.h"
+
+#define POOL_LOCK(credit, open, wait) \
+	"SELECT t.ctid, t.tranche_id, t.priority, t.expires_at, t.hold_expires_at, t.frozen," \
+	" t.granted, t.remaining, t.reserved, t.chunked, t.consumed, t.expired, t.returned, t.revoked" \
+	" FROM credit_lease.tranche t" \
+	" WHERE t.account = $1 AND t.credit = " credit " AND " open \
+	" ORDER BY t.tranche_id FOR NO KEY UPDATE" wait
+
+static Statement lock_statement[] = {
+	[POOL_BY_CREDIT] = {
+		.sql = POOL_LOCK("$2", "t.open", ""),
+		.nargs = 2,
+		.argtypes = {TEXTOID, TEXTOID}
+	},
+	[POOL_BY_RESERVATION] = {
+		.sql = POOL_LOCK("(SELECT h.credit FROM credit_lease.reservation h"
+						 " WHERE h.account = $1 AND h.reservation_id = $2)", "t.open", ""),
+		.nargs = 2,
+		.argtypes = {TEXTOID, INT8OID}
+	},
+	[POOL_WITH_CLOSED] = {
+		.sql = POOL_LOCK("$2", "(t.open OR t.tranche_id = ANY ($3))", ""),
+		.nargs = 3,
+		.argtypes = {TEXTOID, TEXTOID, INT8ARRAYOID}
+	},
+	[POOL_SKIP_LOCKED] = {
+		.sql = POOL_LOCK("$2", "t.open", " SKIP LOCKED"),
+		.nargs = 2,
+		.argtypes = {TEXTOID, TEXTOID}
+	}
+};
+
+static Statement frozen_statement = {
+	.sql = "SELECT f.reason FROM credit_lease.frozen_pool f"
+	" WHERE f.account = $1 AND (f.credit = $2 OR f.credit IS NULL)"
+	" ORDER BY f.credit NULLS LAST",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
+
+/* Returns whether the pool is frozen, and the reason or NULL. */
+static bool
+find_freeze(const Pool *pool, char **reason)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+	Datum		value;
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	if (statement_execute(&frozen_statement, &parameters) == 0)
+		return false;
+
+	value = statement_value(0, 1, &isnull);
+	*reason = isnull ? NULL : TextDatumGetCString(value);
+	return true;
+}
+
+static void
+books_do_not_balance(const Pool *pool, const Tranche *tranche)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_BOOKS),
+			 errmsg("the books of tranche " INT64_FORMAT " of account \"%s\" do not balance",
+					tranche->tranche_id, text_to_cstring(pool->account)),
+			 errdetail("Granted: %s, remaining: %s, reserved: %s, chunked: %s, consumed: %s, expired: %s, returned: %s, revoked: %s.",
+					   amount_out(tranche->balance[GRANTED]),
+					   amount_out(tranche->balance[REMAINING]),
+					   amount_out(tranche->balance[RESERVED]),
+					   amount_out(tranche->balance[CHUNKED]),
+					   amount_out(tranche->balance[CONSUMED]),
+					   amount_out(tranche->balance[EXPIRED]),
+					   amount_out(tranche->balance[RETURNED]),
+					   amount_out(tranche->balance[REVOKED])),
+			 errhint("See credit_lease.lease_verify(); nothing was changed.")));
+}
+
+/* Raises LC009 unless the tranche's amounts are what rules 2 and 3 allow. */
+static void
+check_tranche(const Pool *pool, const Tranche *tranche)
+{
+	Numeric		sum = tranche->balance[REMAINING];
+
+	for (int i = RESERVED; i < BUCKETS; i++)
+	{
+		if (amount_sign(tranche->balance[i]) != 0)
+			sum = amount_add(sum, tranche->balance[i]);
+	}
+	for (int i = 0; i < BUCKETS; i++)
+	{
+		if (amount_sign(tranche->balance[i]) < 0)
+			books_do_not_balance(pool, tranche);
+	}
+	if (amount_compare(sum, tranche->balance[GRANTED]) != 0 ||
+		numeric_is_nan(sum) || numeric_is_inf(sum))
+		books_do_not_balance(pool, tranche);
+}
+
+static Tranche *
+read_tranche(const Pool *pool, uint64 row)
+{
+	Tranche    *tranche = palloc0(sizeof(Tranche));
+	Datum		value;
+	bool		isnull;
+
+	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
+	tranche->tranche_id = DatumGetInt64(statement_value(row, 2, &isnull));
+	tranche->priority = DatumGetInt32(statement_value(row, 3, &isnull));
+	value = statement_value(row, 4, &isnull);
+	tranche->expires_at = isnull ? DT_NOEND : DatumGetTimestampTz(value);
+	tranche->alive = tranche->expires_at > pool->now;
+	value = statement_value(row, 5, &isnull);
+	tranche->hold_expires_at = isnull ? DT_NOEND : DatumGetTimestampTz(value);
+
+	for (int i = 0; i < BUCKETS; i++)
+	{
+		value = statement_value(row, 7 + i, &isnull);
+		tranche->balance[i] = DatumGetNumeric(value);
+	}
+	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
+	memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
+	check_tranche(pool, tranche);
+	return tranche;
+}
+
+/* Rule 10: lowest priority number, then soonest expiry, then oldest. */
+static int
+compare_burn_order(const void *a, const void *b)
+{
+	const Tranche *x = *(Tranche *const *) a;
+	const Tranche *y = *(Tranche *const *) b;
+
+	if (x->priority != y->priority)
+		return x->priority < y->priority ? -1 : 1;
+	if (x->expires_at != y->expires_at)
+		return x->expires_at < y->expires_at ? -1 : 1;
+	return x->tranche_id < y->tranche_id ? -1 : 1;
+}
+
+/*
+ * pool_lock
+ *		Locks and reads the pool's tranches, as the fields of pool say that
+ *		were set before, and sets the others. Waits for whoever has one of
+ *		them locked, unless the pool skips such rows. May be called again to
+ *		see what others have committed meanwhile; what was moved and not yet
+ *		written is forgotten then.
+ */
+void
+pool_lock(Pool *pool)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+	char	   *reason;
+
+	parameter_add_pointer(&parameters, pool->account);
+	if (pool->lock == POOL_BY_RESERVATION)
+		parameter_add(&parameters, Int64GetDatum(pool->reservation_id));
+	else
+		parameter_add_pointer(&parameters, pool->credit);
+	if (pool->lock == POOL_WITH_CLOSED)
+		parameter_add_pointer(&parameters, pool->closed_ids);
+
+	pool->ntranches = (int) statement_execute(&lock_statement[pool->lock], &parameters);
+	/* one to spare, for pool_add() */
+	pool->tranche = palloc(sizeof(Tranche *) * (pool->ntranches + 1));
+	pool->frozen = false;
+	pool->may_have_lapsed = false;
+	pool->available = amount_zero();
+	pool->held = amount_zero();
+
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		Tranche    *tranche = read_tranche(pool, i);
+
+		pool->tranche[i] = tranche;
+		pool->frozen |= DatumGetBool(statement_value(i, 6, &isnull));
+		if (tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
+			pool->may_have_lapsed = true;
+		pool->held = amount_add(pool->held, tranche->balance[RESERVED]);
+		if (tranche->alive)
+			pool->available = amount_add(pool->available, tranche->balance[REMAINING]);
+	}
+	if (pool->ntranches > 1)
+		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
+	if (pool->ntranches == 0 && pool->credit)
+		pool->frozen = find_freeze(pool, &reason);
+}
+
+/* Returns one of the pool's locked tranches, NULL if it is none of them. */
+Tranche *
+pool_find(const Pool *pool, int64 tranche_id)
+{
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		if (pool->tranche[i]->tranche_id == tranche_id)
+			return pool->tranche[i];
+	}
+	return NULL;
+}
+
+/*
+ * pool_add
+ *		Grants an amount as a new tranche, at most one for each pool_lock().
+ *		The burn order takes no account of it.
+ */
+Tranche *
+pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at)
+{
+	Tranche    *tranche = palloc0(sizeof(Tranche));
+
+	tranche->priority = priority;
+	tranche->expires_at = expires_at;
+	tranche->hold_expires_at = DT_NOEND;
+	tranche->alive = true;
+	tranche->is_new = true;
+	for (int i = 0; i < BUCKETS; i++)
+		tranche->balance[i] = tranche->logged[i] = tranche->stored[i] = amount_zero();
+	tranche->balance[GRANTED] = amount;
+	tranche->balance[REMAINING] = amount;
+
+	pool->tranche[pool->ntranches++] = tranche;
+	pool->available = amount_add(pool->available, amount);
+	return tranche;
+}
+
+/*
+ * pool_move
+ *		Moves an amount from one term of a tranche to another. Raises LC009
+ *		where it is not there: whoever decides has looked before.
+ */
+void
+pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount)
+{
+	if (amount_sign(amount) == 0)
+		return;
+	if (amount_sign(amount) < 0 || amount_compare(tranche->balance[from], amount) < 0)
+		books_do_not_balance(pool, tranche);
+
+	tranche->balance[from] = amount_subtract(tranche->balance[from], amount);
+	tranche->balance[to] = amount_add(tranche->balance[to], amount);
+
+	if (tranche->alive && from == REMAINING)
+		pool->available = amount_subtract(pool->available, amount);
+	if (tranche->alive && to == REMAINING)
+		pool->available = amount_add(pool->available, amount);
+	if (from == RESERVED)
+		pool->held = amount_subtract(pool->held, amount);
+}
+
+/*
+ * pool_take
+ *		Moves an amount that the pool has available to another term, from as
+ *		many tranches as it takes, in burn order.
+ */
+void
+pool_take(Pool *pool, Numeric amount, Bucket to)
+{
+	for (int i = 0; i < pool->ntranches && amount_sign(amount) > 0; i++)
+	{
+		Tranche    *tranche = pool->tranche[i];
+		Numeric		part;
+
+		if (!tranche->alive)
+			continue;
+		part = amount_min(tranche->balance[REMAINING], amount);
+		pool_move(pool, tranche, REMAINING, to, part);
+		amount = amount_subtract(amount, part);
+	}
+	if (amount_sign(amount) != 0)
+		elog(ERROR, "took more credit than was available");
+}
+
+/* Raises LC001, or LC007 where the pool is frozen. */
+void
+pool_refuse(const Pool *pool, Numeric requested)
+{
+	if (pool->frozen)
+		pool_refuse_frozen(pool);
+
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_INSUFFICIENT_CREDIT),
+			 errmsg("not enough credit \"%s\" in account \"%s\"",
+					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
+			 errdetail("Available: %s, held: %s, requested: %s.",
+					   amount_out(pool->available), amount_out(pool->held), amount_out(requested)),
+			 amount_sign(pool->held) > 0 ?
+			 errhint("Top up, or wait until holds are settled or expire.") :
+			 errhint("Top up.")));
+}
+
+void
+pool_refuse_frozen(const Pool *pool)
+{
+	char	   *reason = NULL;
+
+	find_freeze(pool, &reason);
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_FROZEN),
+			 errmsg("credit \"%s\" of account \"%s\" is frozen",
+					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
+			 reason ? errdetail("Reason: %s", reason) : 0,
+			 errhint("An operator must lift the freeze with credit_lease.lease_unfreeze().")));
+}

@@ -1,0 +1,79 @@
+#ifndef CREDIT_LEASE_POOL_H
+#define CREDIT_LEASE_POOL_H
+
+#include "datatype/timestamp.h"
+#include "storage/itemptr.h"
+#include "utils/array.h"
+
+#include "amount.h"
+
+/* The terms of rule 2; granted is the sum of the others. */
+typedef enum Bucket
+{
+	GRANTED,
+	REMAINING,
+	RESERVED,
+	CHUNKED,
+	CONSUMED,
+	EXPIRED,
+	RETURNED,
+	REVOKED
+} Bucket;
+
+#define BUCKETS	(REVOKED + 1)
+
+/*
+ * A locked tranche. An amount that did not change is the same pointer in all
+ * three arrays.
+ */
+typedef struct Tranche
+{
+	int64		tranche_id;		/* 0 until a new one has its ledger entry */
+	int32		priority;
+	TimestampTz expires_at;		/* DT_NOEND for never */
+	TimestampTz hold_expires_at;	/* none of its holds expires earlier */
+	ItemPointerData tid;		/* of the row */
+	bool		alive;			/* by the clock of the call */
+	bool		is_new;			/* not in the table yet */
+	int64		refund_of;		/* the entry that a refund gives back, or 0 */
+	Numeric		balance[BUCKETS];	/* as it is to be */
+	Numeric		logged[BUCKETS];	/* as the ledger has it */
+	Numeric		stored[BUCKETS];	/* as the table has it */
+} Tranche;
+
+/* How the tranches of a pool are found and locked. */
+typedef enum PoolLock
+{
+	POOL_BY_CREDIT,				/* the open ones */
+	POOL_BY_RESERVATION,		/* the open ones of the reservation's credit */
+	POOL_WITH_CLOSED,			/* the open ones, and some that may be closed */
+	POOL_SKIP_LOCKED			/* those open ones that nobody else has locked */
+} PoolLock;
+
+/* The tranches of one pool, locked, in the order in which they burn. */
+typedef struct Pool
+{
+	PoolLock	lock;
+	text	   *account;
+	text	   *credit;			/* of POOL_BY_RESERVATION, set by the caller later */
+	int64		reservation_id; /* for POOL_BY_RESERVATION */
+	ArrayType  *closed_ids;		/* for POOL_WITH_CLOSED */
+	TimestampTz now;
+
+	bool		frozen;
+	bool		may_have_lapsed;	/* expired holds that are not given back */
+	Numeric		available;
+	Numeric		held;
+	int			ntranches;
+	Tranche   **tranche;
+} Pool;
+
+extern void pool_lock(Pool *pool);
+extern Tranche *pool_find(const Pool *pool, int64 tranche_id);
+extern Tranche *pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at);
+extern void pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount);
+extern void pool_take(Pool *pool, Numeric amount, Bucket to);
+extern void pool_refuse(const Pool *pool, Numeric requested) pg_attribute_noreturn();
+extern void pool_refuse_frozen(const Pool *pool) pg_attribute_noreturn();
+
+#endif							/* CREDIT_LEASE_POOL_H */

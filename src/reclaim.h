@@ -1,0 +1,10 @@
+#ifndef CREDIT_LEASE_RECLAIM_H
+#define CREDIT_LEASE_RECLAIM_H
+
+#include "pool.h"
+
+extern void reclaim_lock(Pool *pool);
+extern void reclaim_lapsed(Pool *pool);
+extern bool reclaim_cover(Pool *pool, Numeric amount);
+
+#endif							/* CREDIT_LEASE_RECLAIM_H */

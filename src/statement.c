@@ -1,0 +1,122 @@
+/*
+ * statement.c
+ *		SQL statements with kept plans.
+ *
+ * All access to tables is SQL through SPI, so that triggers and logical
+ * decoding see everything and the same statements run on a distributed table.
+ * A plan is made at its first use in a session and kept; PostgreSQL replans it
+ * when what it depends on changes. Generic plans only: every statement names
+ * its keys with equality, so no parameter's value makes another plan better.
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "funcapi.h"
+#include "nodes/parsenodes.h"
+
+#include "statement.h"
+
+void
+parameter_add(Parameters *parameters, Datum value)
+{
+	Assert(parameters->n < STATEMENT_MAX_ARGS);
+	parameters->null[parameters->n] = ' ';
+	parameters->value[parameters->n++] = value;
+}
+
+void
+parameter_add_null(Parameters *parameters)
+{
+	Assert(parameters->n < STATEMENT_MAX_ARGS);
+	parameters->null[parameters->n] = 'n';
+	parameters->value[parameters->n++] = (Datum) 0;
+}
+
+/* Adds a pass-by-reference value, or NULL for a null pointer. */
+void
+parameter_add_pointer(Parameters *parameters, const void *pointer)
+{
+	if (pointer)
+		parameter_add(parameters, PointerGetDatum(pointer));
+	else
+		parameter_add_null(parameters);
+}
+
+/*
+ * statement_begin
+ *		Makes statements possible and returns the caller's memory context, in
+ *		which the result is to be made. What is allocated between here and
+ *		statement_end() goes with SPI's own context.
+ */
+MemoryContext
+statement_begin(void)
+{
+	MemoryContext caller = CurrentMemoryContext;
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	return caller;
+}
+
+/*
+ * statement_end
+ *		Forms the function's row in the caller's memory context and ends what
+ *		statement_begin() began.
+ */
+Datum
+statement_end(MemoryContext caller, FunctionCallInfo fcinfo, Datum *values, bool *nulls)
+{
+	MemoryContext old = MemoryContextSwitchTo(caller);
+	TupleDesc	tupdesc;
+	Datum		result;
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	result = HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(tupdesc), values, nulls));
+
+	MemoryContextSwitchTo(old);
+	SPI_finish();
+	return result;
+}
+
+/*
+ * statement_execute
+ *		Runs a statement and returns the number of rows it touched or
+ *		returned; those are in SPI_tuptable. Unless it is read-only, it sees
+ *		what the call has done so far and, at READ COMMITTED, what others have
+ *		committed.
+ */
+uint64
+statement_execute(Statement *statement, Parameters *parameters)
+{
+	int			result;
+
+	Assert(parameters->n == statement->nargs);
+
+	if (statement->plan == NULL)
+	{
+		SPIPlanPtr	plan = SPI_prepare_cursor(statement->sql, statement->nargs,
+											  statement->argtypes,
+											  CURSOR_OPT_GENERIC_PLAN);
+
+		if (plan == NULL)
+			elog(ERROR, "could not prepare \"%s\": %s", statement->sql,
+				 SPI_result_code_string(SPI_result));
+		SPI_keepplan(plan);
+		statement->plan = plan;
+	}
+
+	result = SPI_execute_plan(statement->plan, parameters->value,
+							  parameters->null, statement->read_only, 0);
+	if (result < 0)
+		elog(ERROR, "could not execute \"%s\": %s", statement->sql,
+			 SPI_result_code_string(result));
+	return SPI_processed;
+}
+
+/* Returns a column, counted from 1, of a row, counted from 0, of the last result. */
+Datum
+statement_value(uint64 row, int column, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
+}

@@ -1,0 +1,41 @@
+#ifndef CREDIT_LEASE_STATEMENT_H
+#define CREDIT_LEASE_STATEMENT_H
+
+#include "executor/spi.h"
+#include "fmgr.h"
+
+#define STATEMENT_MAX_ARGS	36
+
+/*
+ * One SQL statement and its kept plan. Declared static where it is used; what
+ * is not named starts as zero. read_only is for functions that are STABLE:
+ * the statement then sees what the query that called them sees.
+ */
+typedef struct Statement
+{
+	const char *sql;
+	int			nargs;
+	Oid			argtypes[STATEMENT_MAX_ARGS];
+	bool		read_only;
+	SPIPlanPtr	plan;
+} Statement;
+
+/* Values for a statement's parameters. */
+typedef struct Parameters
+{
+	int			n;
+	Datum		value[STATEMENT_MAX_ARGS];
+	char		null[STATEMENT_MAX_ARGS];
+} Parameters;
+
+extern void parameter_add(Parameters *parameters, Datum value);
+extern void parameter_add_null(Parameters *parameters);
+extern void parameter_add_pointer(Parameters *parameters, const void *pointer);
+
+extern MemoryContext statement_begin(void);
+extern Datum statement_end(MemoryContext caller, FunctionCallInfo fcinfo,
+						   Datum *values, bool *nulls);
+extern uint64 statement_execute(Statement *statement, Parameters *parameters);
+extern Datum statement_value(uint64 row, int column, bool *isnull);
+
+#endif							/* CREDIT_LEASE_STATEMENT_H */
