@@ -34,8 +34,8 @@ COMMENT ON SEQUENCE credit_lease.entry_id_seq IS 'numbers ledger entries; rises 
 -- names whoever went round it; a constraint would prove it a third time, on
 -- the hottest row there is.
 CREATE TABLE credit_lease.tranche (
-	account text NOT NULL,
-	credit text NOT NULL,
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
 	tranche_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.tranche_id_seq'),
 	kind text NOT NULL,
 	priority integer NOT NULL,
@@ -48,9 +48,9 @@ CREATE TABLE credit_lease.tranche (
 	hold_expires_at timestamptz,
 	open boolean NOT NULL,
 	granted numeric NOT NULL DEFAULT 0,
-	remaining numeric NOT NULL DEFAULT 0,
-	reserved numeric NOT NULL DEFAULT 0,
 	chunked numeric NOT NULL DEFAULT 0,
+	reserved numeric NOT NULL DEFAULT 0,
+	remaining numeric NOT NULL DEFAULT 0,
 	consumed numeric NOT NULL DEFAULT 0,
 	expired numeric NOT NULL DEFAULT 0,
 	returned numeric NOT NULL DEFAULT 0,
@@ -80,9 +80,9 @@ COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool
 COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
 
 CREATE TABLE credit_lease.reservation (
-	account text NOT NULL,
+	account text COLLATE "C" NOT NULL,
 	reservation_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.reservation_id_seq'),
-	credit text NOT NULL,
+	credit text COLLATE "C" NOT NULL,
 	status text NOT NULL DEFAULT 'held',
 	amount numeric NOT NULL,
 	tranche_ids bigint[] NOT NULL,
@@ -116,23 +116,23 @@ COMMENT ON INDEX credit_lease.reservation_held IS 'the holds of a pool by expiry
 COMMENT ON INDEX credit_lease.reservation_expiry IS 'the sweep: expired holds of every pool';
 
 CREATE TABLE credit_lease.ledger (
-	account text NOT NULL,
 	entry_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.entry_id_seq'),
-	credit text NOT NULL,
+	created_at timestamptz NOT NULL,
+	tranche_id bigint NOT NULL,
+	reservation_id bigint,
+	first_entry_id bigint,
+	refund_of bigint,
+	parts integer,
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
 	kind text NOT NULL,
 	amount numeric NOT NULL,
 	available numeric NOT NULL,
-	tranche_id bigint NOT NULL,
-	reservation_id bigint,
-	idempotency_key text,
+	idempotency_key text COLLATE "C",
 	request jsonb,
 	metadata jsonb,
 	reason text,
-	created_at timestamptz NOT NULL,
 	created_by text NOT NULL DEFAULT SESSION_USER,
-	first_entry_id bigint,
-	parts integer,
-	refund_of bigint,
 	granted_delta numeric,
 	remaining_delta numeric,
 	reserved_delta numeric,
@@ -158,7 +158,7 @@ COMMENT ON COLUMN credit_lease.ledger.refund_of IS 'the entry of which this give
 COMMENT ON INDEX credit_lease.ledger_key IS 'a key has at most one effect in its account, for ever';
 
 CREATE TABLE credit_lease.refund (
-	account text NOT NULL,
+	account text COLLATE "C" NOT NULL,
 	entry_id bigint NOT NULL,
 	amount numeric NOT NULL,
 	PRIMARY KEY (account, entry_id)
@@ -166,8 +166,8 @@ CREATE TABLE credit_lease.refund (
 COMMENT ON TABLE credit_lease.refund IS 'how much of an entry all its refunds together have given back';
 
 CREATE TABLE credit_lease.frozen_pool (
-	account text NOT NULL,
-	credit text,
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C",
 	reason text,
 	frozen_at timestamptz NOT NULL,
 	frozen_by text NOT NULL DEFAULT SESSION_USER,
@@ -176,8 +176,8 @@ CREATE TABLE credit_lease.frozen_pool (
 COMMENT ON TABLE credit_lease.frozen_pool IS 'pools that lease_freeze() has stopped; credit NULL for the whole account';
 
 CREATE TABLE credit_lease.policy (
-	account text,
-	credit text,
+	account text COLLATE "C",
+	credit text COLLATE "C",
 	hold_ttl interval CHECK (hold_ttl > '0'),
 	UNIQUE NULLS NOT DISTINCT (account, credit)
 );

@@ -25,4 +25,8 @@ typedef struct DateTimeErrorExtra
 	((void) (extra), DecodeDateTime(field, ftype, nf, dtype, tm, fsec, tzp))
 #endif
 
+#if PG_VERSION_NUM < 180000
+#define pg_noreturn pg_attribute_noreturn()
+#endif
+
 #endif							/* CREDIT_LEASE_COMPAT_H */

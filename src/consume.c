@@ -32,13 +32,10 @@ consume(FunctionCallInfo fcinfo, bool try)
 	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
-	amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
+	request.amount = amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
 	request.key = argument_optional_text(fcinfo, 3, "idempotency_key");
 	request.metadata = argument_optional_jsonb(fcinfo, 4);
 	caller = statement_begin();
-	request_begin_arguments(&request);
-	request_add_amount(&request, "amount", amount);
-	request_end_arguments(&request);
 
 	reclaim_lock(&pool);
 	refused = pool.frozen || !reclaim_cover(&pool, amount);

@@ -23,54 +23,40 @@
 #include "ledger.h"
 #include "statement.h"
 
-/*
- * $6 and $7 are 0 for a tranche or a reservation that is about to be made.
- */
-#define APPEND \
-	"INSERT INTO credit_lease.ledger (account, credit, kind, amount, available," \
-	" tranche_id, reservation_id, idempotency_key, request, metadata, reason, created_at," \
-	" first_entry_id, parts, refund_of," \
-	" granted_delta, remaining_delta, reserved_delta, chunked_delta," \
-	" consumed_delta, expired_delta, returned_delta, revoked_delta)" \
-	" VALUES ($1, $2, $3, $4, $5," \
-	" CASE $6 WHEN 0 THEN pg_catalog.nextval('credit_lease.tranche_id_seq') ELSE $6 END," \
-	" CASE $7 WHEN 0 THEN pg_catalog.nextval('credit_lease.reservation_id_seq') ELSE $7 END," \
-	" $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23)" \
-	" ON CONFLICT (account, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING" \
-	" RETURNING entry_id, tranche_id, reservation_id"
+/* A number is drawn in the statement that needs it, and in no other. */
+#define APPEND(tranche_id, reservation_id) \
+	{ \
+		.sql = "INSERT INTO credit_lease.ledger (account, credit, kind, amount, available," \
+		" tranche_id, reservation_id, idempotency_key, request, metadata, reason, created_at," \
+		" first_entry_id, parts, refund_of," \
+		" granted_delta, chunked_delta, reserved_delta, remaining_delta," \
+		" consumed_delta, expired_delta, returned_delta, revoked_delta)" \
+		" VALUES ($1, $2, $3, $4, $5, " tranche_id ", " reservation_id "," \
+		" $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23)" \
+		" ON CONFLICT (account, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING" \
+		" RETURNING entry_id, tranche_id, reservation_id", \
+		.nargs = 23, \
+		.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, \
+			INT8OID, INT8OID, TEXTOID, JSONBOID, JSONBOID, TEXTOID, TIMESTAMPTZOID, \
+			INT8OID, INT4OID, INT8OID, \
+			NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
+			NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID} \
+	}
 
-#define APPEND_TYPES \
-	TEXTOID, TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, \
-	INT8OID, INT8OID, TEXTOID, JSONBOID, JSONBOID, TEXTOID, TIMESTAMPTZOID, \
-	INT8OID, INT4OID, INT8OID, \
-	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
-	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
+static Statement append_statement = APPEND("$6", "$7");
+static Statement append_new_tranche_statement =
+APPEND("pg_catalog.nextval('credit_lease.tranche_id_seq')", "$7");
+static Statement append_new_reservation_statement =
+APPEND("$6", "pg_catalog.nextval('credit_lease.reservation_id_seq')");
 
 #define STATE_TYPES \
 	BOOLOID, TIMESTAMPTZOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
 
-static Statement append_statement = {
-	.sql = APPEND,
-	.nargs = 23,
-	.argtypes = {APPEND_TYPES}
-};
-
-static Statement post_statement = {
-	.sql = "WITH entry AS (" APPEND ")"
-	" UPDATE credit_lease.tranche t SET open = $25, hold_expires_at = $26,"
-	" granted = $27, remaining = $28, reserved = $29, chunked = $30,"
-	" consumed = $31, expired = $32, returned = $33, revoked = $34"
-	" FROM entry WHERE t.account = $1 AND t.ctid = $24"
-	" RETURNING entry.entry_id, entry.tranche_id, entry.reservation_id",
-	.nargs = 34,
-	.argtypes = {APPEND_TYPES, TIDOID, STATE_TYPES}
-};
-
 static Statement change_statement = {
 	.sql = "UPDATE credit_lease.tranche t SET open = $3, hold_expires_at = $4,"
-	" granted = $5, remaining = $6, reserved = $7, chunked = $8,"
+	" granted = $5, chunked = $6, reserved = $7, remaining = $8,"
 	" consumed = $9, expired = $10, returned = $11, revoked = $12"
 	" WHERE t.account = $1 AND t.ctid = $2 RETURNING t.ctid",
 	.nargs = 12,
@@ -80,7 +66,7 @@ static Statement change_statement = {
 static Statement create_statement = {
 	.sql = "INSERT INTO credit_lease.tranche (account, credit, tranche_id,"
 	" open, hold_expires_at,"
-	" granted, remaining, reserved, chunked, consumed, expired, returned, revoked,"
+	" granted, chunked, reserved, remaining, consumed, expired, returned, revoked,"
 	" kind, priority, expires_at, created_at)"
 	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 'grant', $14, $15, $16)"
 	" RETURNING ctid",
@@ -115,23 +101,6 @@ changed_behind(const Pool *pool, const Tranche *tranche)
 			(errcode(ERRCODE_LEASE_BOOKS),
 			 errmsg("tranche " INT64_FORMAT " of account \"%s\" was changed behind this call",
 					tranche->tranche_id, text_to_cstring(pool->account))));
-}
-
-/* Returns how many tranches the ledger is behind of, and the last of them. */
-static int
-count_changed(const Pool *pool, Tranche **last)
-{
-	int			n = 0;
-
-	for (int i = 0; i < pool->ntranches; i++)
-	{
-		if (is_changed(pool->tranche[i], pool->tranche[i]->logged))
-		{
-			*last = pool->tranche[i];
-			n++;
-		}
-	}
-	return n;
 }
 
 /* Adds the parameters of APPEND. */
@@ -178,20 +147,6 @@ add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 		parameter_add_pointer(parameters, change(tranche, tranche->logged, b));
 }
 
-/* Reads what APPEND returns. */
-static void
-read_entry(Tranche *tranche, int64 *reservation_id, int64 *first_entry_id)
-{
-	bool		isnull;
-
-	if (*first_entry_id == 0)
-		*first_entry_id = DatumGetInt64(statement_value(0, 1, &isnull));
-	tranche->tranche_id = DatumGetInt64(statement_value(0, 2, &isnull));
-	if (*reservation_id == NEW_RESERVATION)
-		*reservation_id = DatumGetInt64(statement_value(0, 3, &isnull));
-	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
-}
-
 static void
 add_instant(Parameters *parameters, TimestampTz instant)
 {
@@ -227,20 +182,35 @@ int64
 ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 {
 	int64		first_entry_id = 0;
-	Tranche    *last;
-	int			parts = count_changed(pool, &last);
+	int			parts = 0;
+
+	for (int i = 0; i < pool->ntranches; i++)
+		parts += is_changed(pool->tranche[i], pool->tranche[i]->logged);
 
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		Tranche    *tranche = pool->tranche[i];
+		Statement  *statement = &append_statement;
 		Parameters	parameters = {0};
+		bool		isnull;
 
 		if (!is_changed(tranche, tranche->logged))
 			continue;
+		if (tranche->is_new)
+			statement = &append_new_tranche_statement;
+		else if (*reservation_id == NEW_RESERVATION)
+			statement = &append_new_reservation_statement;
+
 		add_entry(&parameters, pool, request, tranche, *reservation_id, first_entry_id, parts);
-		if (statement_execute(&append_statement, &parameters) == 0)
+		if (statement_execute(statement, &parameters) == 0)
 			return 0;
-		read_entry(tranche, reservation_id, &first_entry_id);
+
+		if (first_entry_id == 0)
+			first_entry_id = DatumGetInt64(statement_value(0, 1, &isnull));
+		tranche->tranche_id = DatumGetInt64(statement_value(0, 2, &isnull));
+		if (*reservation_id == NEW_RESERVATION)
+			*reservation_id = DatumGetInt64(statement_value(0, 3, &isnull));
+		memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
 	}
 
 	Assert(first_entry_id != 0);
@@ -290,30 +260,13 @@ ledger_save(Pool *pool)
 	}
 }
 
-/*
- * ledger_post
- *		Appends and saves; see ledger_append(). The usual call, which moved
- *		something in one tranche, does both in one statement.
- */
+/* Appends and saves; see ledger_append(). */
 int64
 ledger_post(Pool *pool, const Request *request, int64 *reservation_id)
 {
-	Tranche    *tranche = NULL;
-	int64		entry_id = 0;
-	Parameters	parameters = {0};
+	int64		entry_id = ledger_append(pool, request, reservation_id);
 
-	if (count_changed(pool, &tranche) != 1 || tranche->is_new)
-	{
-		entry_id = ledger_append(pool, request, reservation_id);
-		if (entry_id != 0)
-			ledger_save(pool);
-		return entry_id;
-	}
-
-	add_entry(&parameters, pool, request, tranche, *reservation_id, 0, 1);
-	parameter_add_pointer(&parameters, &tranche->tid);
-	add_state(&parameters, tranche);
-	if (statement_execute(&post_statement, &parameters) != 0)
-		read_entry(tranche, reservation_id, &entry_id);
+	if (entry_id != 0)
+		ledger_save(pool);
 	return entry_id;
 }

@@ -87,7 +87,7 @@ lease_topup(PG_FUNCTION_ARGS)
 	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
-	amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
+	request.amount = amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
 	request.key = argument_optional_text(fcinfo, 3, "idempotency_key");
 	expires_at = PG_ARGISNULL(4) ? DT_NOEND : PG_GETARG_TIMESTAMPTZ(4);
 	if (PG_ARGISNULL(5))
@@ -97,8 +97,6 @@ lease_topup(PG_FUNCTION_ARGS)
 	priority = PG_GETARG_INT32(5);
 	request.metadata = argument_optional_jsonb(fcinfo, 6);
 	caller = statement_begin();
-	request_begin_arguments(&request);
-	request_add_amount(&request, "amount", amount);
 	request_add_instant(&request, "expires_at", expires_at);
 	request_add_int64(&request, "priority", priority);
 	request_end_arguments(&request);
@@ -152,13 +150,11 @@ lease_adjust(PG_FUNCTION_ARGS)
 	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
-	amount = argument_amount(fcinfo, 2, "amount", AMOUNT_NOT_ZERO);
+	request.amount = amount = argument_amount(fcinfo, 2, "amount", AMOUNT_NOT_ZERO);
 	request.reason = argument_text(fcinfo, 3, "reason");
 	request.key = argument_optional_text(fcinfo, 4, "idempotency_key");
 	request.metadata = argument_optional_jsonb(fcinfo, 5);
 	caller = statement_begin();
-	request_begin_arguments(&request);
-	request_add_amount(&request, "amount", amount);
 	request_add_text(&request, "reason", request.reason);
 	request_end_arguments(&request);
 
@@ -185,7 +181,7 @@ lease_adjust(PG_FUNCTION_ARGS)
 	{
 		replayed = request_find_first(&request, !refused, &first);
 		if (!replayed)
-			pool_refuse(&pool, amount_negate(amount));
+			pool_refuse_short(&pool, amount_negate(amount));
 	}
 
 	values[0] = Int64GetDatum(first.entry_id);
@@ -316,7 +312,6 @@ lease_refund(PG_FUNCTION_ARGS)
 	request.reason = argument_optional_text(fcinfo, 3, "reason");
 	request.key = argument_optional_text(fcinfo, 4, "idempotency_key");
 	caller = statement_begin();
-	request_begin_arguments(&request);
 	request_add_int64(&request, "entry_id", entry_id);
 	request_add_amount(&request, "amount", amount);
 	request_add_text(&request, "reason", request.reason);

@@ -13,22 +13,45 @@
  */
 #include "postgres.h"
 
+#include "access/htup_details.h"
 #include "catalog/pg_type.h"
-#include "lib/stringinfo.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
+#include "utils/typcache.h"
 
 #include "amount.h"
 #include "errors.h"
 #include "pool.h"
 #include "statement.h"
 
+/*
+ * The row comes whole, as one column: the executor sets a statement up anew at
+ * each call, and what that costs grows with the number of columns.
+ */
 #define POOL_LOCK(credit, open, wait) \
-	"SELECT t.ctid, t.tranche_id, t.priority, t.expires_at, t.hold_expires_at, t.frozen," \
-	" t.granted, t.remaining, t.reserved, t.chunked, t.consumed, t.expired, t.returned, t.revoked" \
-	" FROM credit_lease.tranche t" \
+	"SELECT t.ctid, t FROM credit_lease.tranche t" \
 	" WHERE t.account = $1 AND t.credit = " credit " AND " open \
 	" ORDER BY t.tranche_id FOR NO KEY UPDATE" wait
+
+/* The columns of credit_lease.tranche, as its script orders them. */
+enum
+{
+	COLUMN_ACCOUNT,
+	COLUMN_CREDIT,
+	COLUMN_TRANCHE_ID,
+	COLUMN_KIND,
+	COLUMN_PRIORITY,
+	COLUMN_CREATED_AT,
+	COLUMN_EXPIRES_AT,
+	COLUMN_SERVER,
+	COLUMN_LEASE_ID,
+	COLUMN_OWNER,
+	COLUMN_FROZEN,
+	COLUMN_HOLD_EXPIRES_AT,
+	COLUMN_OPEN,
+	COLUMN_BALANCE,
+	COLUMNS = COLUMN_BALANCE + BUCKETS
+};
 
 static Statement lock_statement[] = {
 	[POOL_BY_CREDIT] = {
@@ -103,9 +126,9 @@ books_do_not_balance(const Pool *pool, const Tranche *tranche)
 static void
 check_tranche(const Pool *pool, const Tranche *tranche)
 {
-	Numeric		sum = tranche->balance[REMAINING];
+	Numeric		sum = amount_zero();
 
-	for (int i = RESERVED; i < BUCKETS; i++)
+	for (int i = GRANTED + 1; i < BUCKETS; i++)
 	{
 		if (amount_sign(tranche->balance[i]) != 0)
 			sum = amount_add(sum, tranche->balance[i]);
@@ -124,23 +147,32 @@ static Tranche *
 read_tranche(const Pool *pool, uint64 row)
 {
 	Tranche    *tranche = palloc0(sizeof(Tranche));
-	Datum		value;
+	HeapTupleData row_tuple;
+	TupleDesc	tupdesc;
+	Datum		value[COLUMNS];
+	bool		null[COLUMNS];
 	bool		isnull;
 
 	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
-	tranche->tranche_id = DatumGetInt64(statement_value(row, 2, &isnull));
-	tranche->priority = DatumGetInt32(statement_value(row, 3, &isnull));
-	value = statement_value(row, 4, &isnull);
-	tranche->expires_at = isnull ? DT_NOEND : DatumGetTimestampTz(value);
-	tranche->alive = tranche->expires_at > pool->now;
-	value = statement_value(row, 5, &isnull);
-	tranche->hold_expires_at = isnull ? DT_NOEND : DatumGetTimestampTz(value);
+	row_tuple.t_data = DatumGetHeapTupleHeader(statement_value(row, 2, &isnull));
+	row_tuple.t_len = HeapTupleHeaderGetDatumLength(row_tuple.t_data);
+	tupdesc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(row_tuple.t_data),
+									 HeapTupleHeaderGetTypMod(row_tuple.t_data));
+	if (tupdesc->natts != COLUMNS)
+		elog(ERROR, "credit_lease.tranche has %d columns and not %d", tupdesc->natts, COLUMNS);
+	heap_deform_tuple(&row_tuple, tupdesc, value, null);
+	ReleaseTupleDesc(tupdesc);
 
+	tranche->tranche_id = DatumGetInt64(value[COLUMN_TRANCHE_ID]);
+	tranche->priority = DatumGetInt32(value[COLUMN_PRIORITY]);
+	tranche->expires_at = null[COLUMN_EXPIRES_AT] ? DT_NOEND :
+		DatumGetTimestampTz(value[COLUMN_EXPIRES_AT]);
+	tranche->alive = tranche->expires_at > pool->now;
+	tranche->hold_expires_at = null[COLUMN_HOLD_EXPIRES_AT] ? DT_NOEND :
+		DatumGetTimestampTz(value[COLUMN_HOLD_EXPIRES_AT]);
+	tranche->frozen = DatumGetBool(value[COLUMN_FROZEN]);
 	for (int i = 0; i < BUCKETS; i++)
-	{
-		value = statement_value(row, 7 + i, &isnull);
-		tranche->balance[i] = DatumGetNumeric(value);
-	}
+		tranche->balance[i] = DatumGetNumeric(value[COLUMN_BALANCE + i]);
 	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
 	memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
 	check_tranche(pool, tranche);
@@ -173,7 +205,6 @@ void
 pool_lock(Pool *pool)
 {
 	Parameters	parameters = {0};
-	bool		isnull;
 	char	   *reason;
 
 	parameter_add_pointer(&parameters, pool->account);
@@ -197,7 +228,7 @@ pool_lock(Pool *pool)
 		Tranche    *tranche = read_tranche(pool, i);
 
 		pool->tranche[i] = tranche;
-		pool->frozen |= DatumGetBool(statement_value(i, 6, &isnull));
+		pool->frozen |= tranche->frozen;
 		if (tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
 			pool->may_have_lapsed = true;
 		pool->held = amount_add(pool->held, tranche->balance[RESERVED]);
@@ -294,13 +325,28 @@ pool_take(Pool *pool, Numeric amount, Bucket to)
 		elog(ERROR, "took more credit than was available");
 }
 
-/* Raises LC001, or LC007 where the pool is frozen. */
+/* Raises LC007 where the pool is frozen, LC001 where it is not. */
 void
 pool_refuse(const Pool *pool, Numeric requested)
 {
-	if (pool->frozen)
-		pool_refuse_frozen(pool);
+	char	   *reason = NULL;
 
+	if (!pool->frozen)
+		pool_refuse_short(pool, requested);
+
+	find_freeze(pool, &reason);
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_FROZEN),
+			 errmsg("credit \"%s\" of account \"%s\" is frozen",
+					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
+			 reason ? errdetail("Reason: %s", reason) : 0,
+			 errhint("An operator must lift the freeze with credit_lease.lease_unfreeze().")));
+}
+
+/* Raises LC001. */
+void
+pool_refuse_short(const Pool *pool, Numeric requested)
+{
 	ereport(ERROR,
 			(errcode(ERRCODE_LEASE_INSUFFICIENT_CREDIT),
 			 errmsg("not enough credit \"%s\" in account \"%s\"",
@@ -310,18 +356,4 @@ pool_refuse(const Pool *pool, Numeric requested)
 			 amount_sign(pool->held) > 0 ?
 			 errhint("Top up, or wait until holds are settled or expire.") :
 			 errhint("Top up.")));
-}
-
-void
-pool_refuse_frozen(const Pool *pool)
-{
-	char	   *reason = NULL;
-
-	find_freeze(pool, &reason);
-	ereport(ERROR,
-			(errcode(ERRCODE_LEASE_FROZEN),
-			 errmsg("credit \"%s\" of account \"%s\" is frozen",
-					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
-			 reason ? errdetail("Reason: %s", reason) : 0,
-			 errhint("An operator must lift the freeze with credit_lease.lease_unfreeze().")));
 }

@@ -6,14 +6,15 @@
 #include "utils/array.h"
 
 #include "amount.h"
+#include "compat.h"
 
-/* The terms of rule 2; granted is the sum of the others. */
+/* The terms of rule 2; granted is the sum of the others. In the table's order. */
 typedef enum Bucket
 {
 	GRANTED,
-	REMAINING,
-	RESERVED,
 	CHUNKED,
+	RESERVED,
+	REMAINING,
 	CONSUMED,
 	EXPIRED,
 	RETURNED,
@@ -35,6 +36,7 @@ typedef struct Tranche
 	ItemPointerData tid;		/* of the row */
 	bool		alive;			/* by the clock of the call */
 	bool		is_new;			/* not in the table yet */
+	bool		frozen;
 	int64		refund_of;		/* the entry that a refund gives back, or 0 */
 	Numeric		balance[BUCKETS];	/* as it is to be */
 	Numeric		logged[BUCKETS];	/* as the ledger has it */
@@ -73,7 +75,7 @@ extern Tranche *pool_find(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at);
 extern void pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount);
 extern void pool_take(Pool *pool, Numeric amount, Bucket to);
-extern void pool_refuse(const Pool *pool, Numeric requested) pg_attribute_noreturn();
-extern void pool_refuse_frozen(const Pool *pool) pg_attribute_noreturn();
+pg_noreturn extern void pool_refuse(const Pool *pool, Numeric requested);
+pg_noreturn extern void pool_refuse_short(const Pool *pool, Numeric requested);
 
 #endif							/* CREDIT_LEASE_POOL_H */

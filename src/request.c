@@ -3,9 +3,10 @@
  *		The idempotency key and what it stands for (rule 5).
  *
  * The unique index of the ledger is what makes a key have one effect; here is
- * what tells the same request from another one. Account, kind, credit and
- * metadata have columns of their own in the ledger, the other arguments are
- * kept as jsonb beside the key, and are compared as values: 5 is 5.00.
+ * what tells the same request from another one. The function, the credit, an
+ * amount that is done in full or not at all, and the metadata have columns of
+ * their own in the ledger; the other arguments are kept as jsonb beside the
+ * key. All are compared as values: 5 is 5.00.
  *
  * A key is looked up only after it turned out to be taken, or before a
  * refusal: the usual call pays nothing for it but the unique index.
@@ -38,21 +39,6 @@ static Statement first_statement = {
 	.argtypes = {TEXTOID, TEXTOID}
 };
 
-/*
- * request_begin_arguments
- *		Begins the list of the arguments that have no column. All of the
- *		request_add functions do nothing for a request without a key; NULL
- *		pointers and DT_NOEND stand for NULL.
- */
-void
-request_begin_arguments(Request *request)
-{
-	request->state = NULL;
-	request->arguments = NULL;
-	if (request->key)
-		pushJsonbValue(&request->state, WJB_BEGIN_OBJECT, NULL);
-}
-
 static void
 add_value(Request *request, const char *name, JsonbValue *value)
 {
@@ -60,6 +46,8 @@ add_value(Request *request, const char *name, JsonbValue *value)
 
 	key.val.string.val = unconstify(char *, name);
 	key.val.string.len = strlen(name);
+	if (request->state == NULL)
+		pushJsonbValue(&request->state, WJB_BEGIN_OBJECT, NULL);
 	pushJsonbValue(&request->state, WJB_KEY, &key);
 	pushJsonbValue(&request->state, WJB_VALUE, value);
 }
@@ -80,6 +68,11 @@ add_null(Request *request, const char *name)
 	add_value(request, name, &(JsonbValue) {.type = jbvNull});
 }
 
+/*
+ * request_add_amount, and the other request_add functions
+ *		Add an argument that no column of the ledger has. They do nothing for a
+ *		request without a key; NULL pointers and DT_NOEND stand for NULL.
+ */
 void
 request_add_amount(Request *request, const char *name, Numeric amount)
 {
@@ -147,10 +140,11 @@ request_add_instant(Request *request, const char *name, TimestampTz instant)
 	add_string(request, name, string, strlen(string));
 }
 
+/* Ends what the request_add functions have begun, if they have. */
 void
 request_end_arguments(Request *request)
 {
-	if (request->key)
+	if (request->state)
 		request->arguments = JsonbValueToJsonb(pushJsonbValue(&request->state, WJB_END_OBJECT, NULL));
 }
 
@@ -233,8 +227,13 @@ request_find_first(const Request *request, bool taken, FirstCall *first)
 		strcmp(TextDatumGetCString(value), text_to_cstring(request->credit)) != 0)
 		key_reused(request, "credit");
 
+	first->amount = DatumGetNumeric(statement_value(0, 9, &isnull));
+	if (request->amount && amount_compare(request->amount, first->amount) != 0)
+		key_reused(request, "amount");
+
 	value = statement_value(0, 3, &isnull);
-	compare_arguments(request, DatumGetJsonbP(value));
+	if (!isnull)
+		compare_arguments(request, DatumGetJsonbP(value));
 
 	value = statement_value(0, 4, &isnull);
 	if (!same_jsonb(request->metadata, isnull ? NULL : DatumGetJsonbP(value)))
@@ -244,6 +243,5 @@ request_find_first(const Request *request, bool taken, FirstCall *first)
 	first->tranche_id = DatumGetInt64(statement_value(0, 6, &isnull));
 	first->reservation_id = DatumGetInt64(statement_value(0, 7, &isnull));
 	first->available = DatumGetNumeric(statement_value(0, 8, &isnull));
-	first->amount = DatumGetNumeric(statement_value(0, 9, &isnull));
 	return true;
 }

@@ -29,6 +29,7 @@ typedef struct Request
 	text	   *account;
 	text	   *credit;			/* NULL where it is no argument */
 	text	   *key;			/* NULL for none */
+	Numeric		amount;			/* done in full or not at all; NULL if there is none */
 	Jsonb	   *metadata;
 	text	   *reason;
 	JsonbParseState *state;		/* of the arguments, while they are added */
@@ -45,7 +46,6 @@ typedef struct FirstCall
 	Numeric		available;
 } FirstCall;
 
-extern void request_begin_arguments(Request *request);
 extern void request_add_amount(Request *request, const char *name, Numeric value);
 extern void request_add_text(Request *request, const char *name, text *value);
 extern void request_add_int64(Request *request, const char *name, int64 value);

@@ -161,7 +161,6 @@ reserve(FunctionCallInfo fcinfo, bool try)
 				 errmsg("min_amount must not be more than amount")));
 	request.metadata = argument_optional_jsonb(fcinfo, 6);
 	caller = statement_begin();
-	request_begin_arguments(&request);
 	request_add_amount(&request, "amount", amount);
 	request_add_interval(&request, "ttl", ttl);
 	request_add_amount(&request, "min_amount", min_amount);
@@ -274,7 +273,6 @@ lease_settle(PG_FUNCTION_ARGS)
 	overage = argument_word(word, "overage", overage_word, lengthof(overage_word));
 	request.metadata = argument_optional_jsonb(fcinfo, 4);
 	caller = statement_begin();
-	request_begin_arguments(&request);
 
 	lock_hold(&pool, &hold);
 	if (amount == NULL)
@@ -393,7 +391,6 @@ lease_renew(PG_FUNCTION_ARGS)
 	ttl = argument_optional_ttl(fcinfo, 2, "ttl", pool.now);
 	added = argument_amount(fcinfo, 3, "add_amount", AMOUNT_NOT_NEGATIVE);
 	caller = statement_begin();
-	request_begin_arguments(&request);
 
 	lock_hold(&pool, &hold);
 	if (!is_alive(&pool, &hold))
