@@ -7,9 +7,9 @@
  * every routine has a fixed search_path; nothing is granted to PUBLIC; every
  * table and sequence is dumped with its rows; every object has a comment.
  *
- * Columns named *_delta hold a change, NULL for none. Every statement in the
- * C sources names account with equality, and account leads every key: it is
- * the lock scope, the idempotency scope and the shard key.
+ * Every statement in the C sources names account with equality, and account
+ * leads every key: it is the lock scope, the idempotency scope and the shard
+ * key.
  */
 
 -- complain if the script is sourced in psql rather than by CREATE EXTENSION
@@ -56,7 +56,7 @@ CREATE TABLE credit_lease.tranche (
 	returned numeric NOT NULL DEFAULT 0,
 	revoked numeric NOT NULL DEFAULT 0,
 	PRIMARY KEY (account, credit, tranche_id)
-) WITH (fillfactor = 50);	-- room for HOT updates
+) WITH (fillfactor = 70);	-- room for HOT updates
 ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche_id;
 -- Neither index holds a column that a spend changes, so that spends stay HOT.
 CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, tranche_id) WHERE open;
@@ -127,20 +127,14 @@ CREATE TABLE credit_lease.ledger (
 	credit text COLLATE "C" NOT NULL,
 	kind text NOT NULL,
 	amount numeric NOT NULL,
+	released numeric,
+	lapsed numeric,
 	available numeric NOT NULL,
 	idempotency_key text COLLATE "C",
 	request jsonb,
 	metadata jsonb,
 	reason text,
 	created_by text NOT NULL DEFAULT SESSION_USER,
-	granted_delta numeric,
-	remaining_delta numeric,
-	reserved_delta numeric,
-	chunked_delta numeric,
-	consumed_delta numeric,
-	expired_delta numeric,
-	returned_delta numeric,
-	revoked_delta numeric,
 	PRIMARY KEY (account, entry_id)
 );
 ALTER SEQUENCE credit_lease.entry_id_seq OWNED BY credit_lease.ledger.entry_id;
@@ -149,6 +143,8 @@ CREATE UNIQUE INDEX ledger_key ON credit_lease.ledger (account, idempotency_key)
 COMMENT ON TABLE credit_lease.ledger IS 'append-only: one row for each tranche that a call touched';
 COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, cancel, expire, refund or adjust';
 COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back; negative only where an adjustment took away';
+COMMENT ON COLUMN credit_lease.ledger.released IS 'settle: what came back to the pool; negative for what was taken from it above the hold';
+COMMENT ON COLUMN credit_lease.ledger.lapsed IS 'what came back to the tranche after it had expired, and expired with it';
 COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call';
 COMMENT ON COLUMN credit_lease.ledger.idempotency_key IS 'on the first row of a call';
 COMMENT ON COLUMN credit_lease.ledger.request IS 'the arguments of a call with a key, as far as no other column has them';
@@ -267,12 +263,33 @@ COMMENT ON VIEW credit_lease.expired_hold IS 'holds that expired, whose, and how
 COMMENT ON COLUMN credit_lease.expired_hold.reclaimed_at IS 'when it was given back; NULL while nobody has come by';
 COMMENT ON COLUMN credit_lease.expired_hold.returned IS 'what came back to the pool; the rest was of tranches that had expired too';
 
+-- The kind of an entry says from where to where its amount moves.
+CREATE VIEW credit_lease.movement AS
+SELECT l.account, l.entry_id, l.credit, l.kind, l.tranche_id, l.reservation_id, l.first_entry_id, l.refund_of, l.created_at,
+	   CASE WHEN l.kind = 'topup' OR (l.kind = 'adjust' AND l.amount > 0) THEN l.amount ELSE 0 END AS granted,
+	   CASE WHEN l.kind IN ('reserve', 'renew') THEN l.amount
+			WHEN l.kind = 'settle' THEN - (l.amount + a.released + a.lapsed)
+			WHEN l.reservation_id IS NOT NULL THEN - l.amount
+			ELSE 0 END AS reserved,
+	   CASE WHEN l.kind IN ('topup', 'adjust') THEN l.amount
+			WHEN l.kind = 'settle' THEN a.released
+			WHEN l.kind IN ('cancel', 'refund') OR (l.kind = 'expire' AND l.reservation_id IS NOT NULL) THEN l.amount - a.lapsed
+			ELSE - l.amount END AS remaining,
+	   CASE WHEN l.kind IN ('consume', 'settle') THEN l.amount
+			WHEN l.kind = 'refund' THEN - l.amount
+			ELSE 0 END AS consumed,
+	   CASE WHEN l.kind = 'expire' AND l.reservation_id IS NULL THEN l.amount ELSE a.lapsed END AS expired,
+	   CASE WHEN l.kind = 'adjust' AND l.amount < 0 THEN - l.amount ELSE 0 END AS revoked
+  FROM credit_lease.ledger l,
+	   LATERAL (SELECT coalesce(l.released, 0), coalesce(l.lapsed, 0)) AS a (released, lapsed);
+COMMENT ON VIEW credit_lease.movement IS 'what each ledger entry changed in each term of its tranche';
+
 CREATE VIEW credit_lease.usage_by_day AS
-SELECT (l.created_at AT TIME ZONE 'UTC')::date AS day, l.account, l.credit,
-	   sum(l.consumed_delta) AS consumed,
-	   count(*) FILTER (WHERE l.first_entry_id IS NULL AND l.consumed_delta > 0) AS calls
-  FROM credit_lease.ledger l
- WHERE l.consumed_delta IS NOT NULL
+SELECT (m.created_at AT TIME ZONE 'UTC')::date AS day, m.account, m.credit,
+	   sum(m.consumed) AS consumed,
+	   count(*) FILTER (WHERE m.first_entry_id IS NULL AND m.consumed > 0) AS calls
+  FROM credit_lease.movement m
+ WHERE m.kind IN ('consume', 'settle', 'refund')
  GROUP BY 1, 2, 3;
 COMMENT ON VIEW credit_lease.usage_by_day IS 'what was spent, less what was refunded, by day (UTC)';
 COMMENT ON COLUMN credit_lease.usage_by_day.calls IS 'calls that spent something';
@@ -291,61 +308,57 @@ SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
 		('consumed is not negative', greatest(t.consumed, 0), t.consumed),
 		('expired is not negative', greatest(t.expired, 0), t.expired),
 		('returned is not negative', greatest(t.returned, 0), t.returned),
-		('revoked is not negative', greatest(t.revoked, 0), t.revoked)
+		('revoked is not negative', greatest(t.revoked, 0), t.revoked),
+		('open while something is left', (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0)::integer, t.open::integer)
 	   ) AS f (rule, expected, found)
  WHERE f.expected <> f.found
+UNION ALL
+-- a call looks for expired holds only where the tranche says that there may be some
+SELECT t.account, t.credit, t.tranche_id, 'expiry of reservation ' || r.reservation_id || ' is known',
+	   extract(epoch FROM r.expires_at), extract(epoch FROM t.hold_expires_at)
+  FROM credit_lease.reservation r,
+	   unnest(r.tranche_ids) AS p (tranche_id),
+	   credit_lease.tranche t
+ WHERE r.status = 'held'
+   AND t.account = r.account AND t.credit = r.credit AND t.tranche_id = p.tranche_id
+   AND (t.hold_expires_at <= r.expires_at) IS NOT TRUE
 UNION ALL
 -- rule 2, across tables: the ledger's sums are the tranches' columns, the
 -- holds' parts are what is reserved
 SELECT s.account, s.credit, s.tranche_id, f.rule, f.expected, f.found
   FROM (
 	SELECT u.account, u.credit, u.tranche_id,
-		   sum(u.l1) AS l1, sum(u.l2) AS l2, sum(u.l3) AS l3, sum(u.l4) AS l4,
-		   sum(u.l5) AS l5, sum(u.l6) AS l6, sum(u.l7) AS l7, sum(u.l8) AS l8,
+		   sum(u.l1) AS l1, sum(u.l2) AS l2, sum(u.l3) AS l3, sum(u.l4) AS l4, sum(u.l5) AS l5, sum(u.l6) AS l6,
 		   sum(u.held) AS held,
-		   sum(u.t1) AS t1, sum(u.t2) AS t2, sum(u.t3) AS t3, sum(u.t4) AS t4,
-		   sum(u.t5) AS t5, sum(u.t6) AS t6, sum(u.t7) AS t7, sum(u.t8) AS t8
+		   sum(u.t1) AS t1, sum(u.t2) AS t2, sum(u.t3) AS t3, sum(u.t4) AS t4, sum(u.t5) AS t5, sum(u.t6) AS t6
 	  FROM (
-		SELECT l.account, l.credit, l.tranche_id,
-			   l.granted_delta, l.remaining_delta, l.reserved_delta, l.chunked_delta,
-			   l.consumed_delta, l.expired_delta, l.returned_delta, l.revoked_delta,
-			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric,
-			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
-		  FROM credit_lease.ledger l
+		SELECT m.account, m.credit, m.tranche_id,
+			   m.granted, m.reserved, m.remaining, m.consumed, m.expired, m.revoked,
+			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
+		  FROM credit_lease.movement m
 		UNION ALL
-		SELECT t.account, t.credit, t.tranche_id,
-			   NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-			   t.granted, t.remaining, t.reserved, t.chunked, t.consumed, t.expired, t.returned, t.revoked
-		  FROM credit_lease.tranche t
-		UNION ALL
-		SELECT r.account, r.credit, p.tranche_id,
-			   NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, p.amount,
-			   NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+		SELECT r.account, r.credit, p.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL,
+			   p.amount, NULL, NULL, NULL, NULL, NULL, NULL
 		  FROM credit_lease.reservation r,
 			   unnest(r.tranche_ids, r.tranche_amounts) AS p (tranche_id, amount)
 		 WHERE r.status = 'held'
-	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, l7, l8, held, t1, t2, t3, t4, t5, t6, t7, t8)
+		UNION ALL
+		SELECT t.account, t.credit, t.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL,
+			   NULL, t.granted, t.reserved, t.remaining, t.consumed, t.expired, t.revoked
+		  FROM credit_lease.tranche t
+	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, held, t1, t2, t3, t4, t5, t6)
 	 GROUP BY u.account, u.credit, u.tranche_id
   ) AS s,
   LATERAL (VALUES
 	('ledger sums to granted', coalesce(s.l1, 0), s.t1),
-	('ledger sums to remaining', coalesce(s.l2, 0), s.t2),
-	('ledger sums to reserved', coalesce(s.l3, 0), s.t3),
-	('ledger sums to chunked', coalesce(s.l4, 0), s.t4),
-	('ledger sums to consumed', coalesce(s.l5, 0), s.t5),
-	('ledger sums to expired', coalesce(s.l6, 0), s.t6),
-	('ledger sums to returned', coalesce(s.l7, 0), s.t7),
-	('ledger sums to revoked', coalesce(s.l8, 0), s.t8),
-	('holds sum to reserved', coalesce(s.held, 0), s.t3)
+	('ledger sums to reserved', coalesce(s.l2, 0), s.t2),
+	('ledger sums to remaining', coalesce(s.l3, 0), s.t3),
+	('ledger sums to consumed', coalesce(s.l4, 0), s.t4),
+	('ledger sums to expired', coalesce(s.l5, 0), s.t5),
+	('ledger sums to revoked', coalesce(s.l6, 0), s.t6),
+	('holds sum to reserved', coalesce(s.held, 0), s.t2)
   ) AS f (rule, expected, found)
  WHERE f.expected IS DISTINCT FROM f.found
-UNION ALL
-SELECT l.account, l.credit, l.tranche_id, 'entry ' || l.entry_id || ' balances', l.granted_delta, f.found
-  FROM credit_lease.ledger l,
-	   LATERAL (SELECT coalesce(l.remaining_delta, 0) + coalesce(l.reserved_delta, 0) + coalesce(l.chunked_delta, 0)
-					 + coalesce(l.consumed_delta, 0) + coalesce(l.expired_delta, 0) + coalesce(l.returned_delta, 0)
-					 + coalesce(l.revoked_delta, 0)) AS f (found)
- WHERE coalesce(l.granted_delta, 0) <> f.found
 UNION ALL
 -- rule 4: the parts of a hold add up, and its entries say how it ended
 SELECT r.account, r.credit, NULL, 'reservation ' || r.reservation_id || ' is the sum of its parts', r.amount, f.found
@@ -357,19 +370,19 @@ SELECT s.account, s.credit, NULL, 'reservation ' || s.reservation_id || ' ' || f
   FROM (
 	SELECT u.account, u.credit, u.reservation_id, count(u.amount) AS holds, max(u.amount) AS amount,
 		   bool_or(u.held) AS held, coalesce(max(u.consumed), 0) AS consumed, coalesce(max(u.refunded), 0) AS refunded,
-		   coalesce(sum(u.hold_delta), 0) AS was_held, coalesce(sum(u.reserved_delta), 0) AS is_held,
-		   coalesce(sum(u.consumed_delta), 0) AS was_consumed, coalesce(sum(u.refund_delta), 0) AS was_refunded
+		   coalesce(sum(u.was_held), 0) AS was_held, coalesce(sum(u.is_held), 0) AS is_held,
+		   coalesce(sum(u.was_consumed), 0) AS was_consumed, coalesce(sum(u.was_refunded), 0) AS was_refunded
 	  FROM (
 		SELECT r.account, r.credit, r.reservation_id, r.amount, r.status = 'held', r.consumed, r.refunded,
 			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
 		  FROM credit_lease.reservation r
 		UNION ALL
-		SELECT l.account, l.credit, l.reservation_id, NULL, NULL, NULL, NULL,
-			   CASE WHEN l.kind IN ('reserve', 'renew') THEN l.reserved_delta END, l.reserved_delta, l.consumed_delta,
-			   CASE WHEN l.kind NOT IN ('reserve', 'renew') THEN greatest(l.remaining_delta, 0) END
-		  FROM credit_lease.ledger l
-		 WHERE l.reservation_id IS NOT NULL
-	  ) AS u (account, credit, reservation_id, amount, held, consumed, refunded, hold_delta, reserved_delta, consumed_delta, refund_delta)
+		SELECT m.account, m.credit, m.reservation_id, NULL, NULL, NULL, NULL,
+			   greatest(m.reserved, 0), m.reserved, m.consumed,
+			   CASE WHEN m.reserved <= 0 THEN greatest(m.remaining, 0) END
+		  FROM credit_lease.movement m
+		 WHERE m.reservation_id IS NOT NULL
+	  ) AS u (account, credit, reservation_id, amount, held, consumed, refunded, was_held, is_held, was_consumed, was_refunded)
 	 GROUP BY u.account, u.credit, u.reservation_id
   ) AS s,
   LATERAL (VALUES
@@ -387,9 +400,9 @@ SELECT s.account, s.credit, s.tranche_id, 'entry ' || s.entry_id || ' ' || f.rul
 	SELECT u.account, u.entry_id, max(u.credit) AS credit, max(u.tranche_id) AS tranche_id,
 		   coalesce(max(u.consumed), 0) AS consumed, coalesce(sum(u.given), 0) AS given, coalesce(max(u.counted), 0) AS counted
 	  FROM (
-		SELECT l.account, l.entry_id, l.credit, l.tranche_id, l.consumed_delta, NULL::numeric, NULL::numeric
-		  FROM credit_lease.ledger l
-		 WHERE l.consumed_delta > 0
+		SELECT m.account, m.entry_id, m.credit, m.tranche_id, m.consumed, NULL::numeric, NULL::numeric
+		  FROM credit_lease.movement m
+		 WHERE m.consumed > 0
 		UNION ALL
 		SELECT l.account, l.refund_of, NULL, NULL, NULL, l.amount, NULL
 		  FROM credit_lease.ledger l

@@ -3,9 +3,10 @@
  *		lease_freeze(), lease_unfreeze(), lease_grant_access(), and the guard
  *		of the ledger.
  *
- * A freeze is a row of frozen_pool, which calls look for, and a mark on each
- * open tranche: the mark makes a call that was waiting for the tranche see the
- * freeze when it goes on, and makes one at REPEATABLE READ fail with 40001.
+ * A freeze is a row of frozen_pool, which every call looks for as it locks the
+ * pool, and a mark on each open tranche: the mark makes a call that was waiting
+ * for the tranche look again when it goes on, and makes one at REPEATABLE READ
+ * fail with 40001. Credit that comes in meanwhile needs no mark.
  *
  * Locks: the tranches of the pools, by credit and tranche_id, then the row of
  * frozen_pool.

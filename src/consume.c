@@ -12,7 +12,7 @@
 #include "reclaim.h"
 #include "statement.h"
 
-static const EntryKind kind_consume = {"consume", CONSUMED, false};
+static const EntryKind kind_consume = {.name = "consume", .bucket = CONSUMED};
 
 static Datum
 consume(FunctionCallInfo fcinfo, bool try)
@@ -38,7 +38,7 @@ consume(FunctionCallInfo fcinfo, bool try)
 	caller = statement_begin();
 
 	reclaim_lock(&pool);
-	refused = pool.frozen || !reclaim_cover(&pool, amount);
+	refused = !reclaim_cover(&pool, amount) || pool_is_frozen(&pool);
 	if (!refused)
 	{
 		pool_take(&pool, amount, CONSUMED);

@@ -26,28 +26,24 @@
 /* A number is drawn in the statement that needs it, and in no other. */
 #define APPEND(tranche_id, reservation_id) \
 	{ \
-		.sql = "INSERT INTO credit_lease.ledger (account, credit, kind, amount, available," \
+		.sql = "INSERT INTO credit_lease.ledger (account, credit, kind, amount, released, lapsed, available," \
 		" tranche_id, reservation_id, idempotency_key, request, metadata, reason, created_at," \
-		" first_entry_id, parts, refund_of," \
-		" granted_delta, chunked_delta, reserved_delta, remaining_delta," \
-		" consumed_delta, expired_delta, returned_delta, revoked_delta)" \
-		" VALUES ($1, $2, $3, $4, $5, " tranche_id ", " reservation_id "," \
-		" $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23)" \
+		" first_entry_id, parts, refund_of)" \
+		" VALUES ($1, $2, $3, $4, $5, $6, $7, " tranche_id ", " reservation_id "," \
+		" $10, $11, $12, $13, $14, $15, $16, $17)" \
 		" ON CONFLICT (account, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING" \
 		" RETURNING entry_id, tranche_id, reservation_id", \
-		.nargs = 23, \
-		.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, \
+		.nargs = 17, \
+		.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
 			INT8OID, INT8OID, TEXTOID, JSONBOID, JSONBOID, TEXTOID, TIMESTAMPTZOID, \
-			INT8OID, INT4OID, INT8OID, \
-			NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
-			NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID} \
+			INT8OID, INT4OID, INT8OID} \
 	}
 
-static Statement append_statement = APPEND("$6", "$7");
+static Statement append_statement = APPEND("$8", "$9");
 static Statement append_new_tranche_statement =
-APPEND("pg_catalog.nextval('credit_lease.tranche_id_seq')", "$7");
+APPEND("pg_catalog.nextval('credit_lease.tranche_id_seq')", "$9");
 static Statement append_new_reservation_statement =
-APPEND("$6", "pg_catalog.nextval('credit_lease.reservation_id_seq')");
+APPEND("$8", "pg_catalog.nextval('credit_lease.reservation_id_seq')");
 
 #define STATE_TYPES \
 	BOOLOID, TIMESTAMPTZOID, \
@@ -75,13 +71,13 @@ static Statement create_statement = {
 	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
 
-/* Returns what became of an amount, NULL for no change. */
+/* Returns what the ledger does not know yet of a term's change, NULL for none. */
 static Numeric
-change(const Tranche *tranche, const Numeric *from, Bucket bucket)
+change(const Tranche *tranche, Bucket bucket)
 {
-	if (tranche->balance[bucket] == from[bucket])
+	if (tranche->balance[bucket] == tranche->logged[bucket])
 		return NULL;
-	return amount_subtract(tranche->balance[bucket], from[bucket]);
+	return amount_subtract(tranche->balance[bucket], tranche->logged[bucket]);
 }
 
 static bool
@@ -103,13 +99,16 @@ changed_behind(const Pool *pool, const Tranche *tranche)
 					tranche->tranche_id, text_to_cstring(pool->account))));
 }
 
-/* Adds the parameters of APPEND. */
+/*
+ * Adds the parameters of APPEND. The view credit_lease.movement is the inverse:
+ * it tells from the kind and these amounts what changed.
+ */
 static void
 add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 		  const Tranche *tranche, int64 reservation_id, int64 first_entry_id, int parts)
 {
 	bool		first = first_entry_id == 0;
-	Numeric		amount = change(tranche, tranche->logged, request->kind->bucket);
+	Numeric		amount = change(tranche, request->kind->bucket);
 
 	if (amount == NULL)
 		amount = amount_zero();
@@ -120,6 +119,8 @@ add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 	parameter_add_pointer(parameters, pool->credit);
 	parameter_add_pointer(parameters, cstring_to_text(request->kind->name));
 	parameter_add_pointer(parameters, amount);
+	parameter_add_pointer(parameters, request->kind->settles ? change(tranche, REMAINING) : NULL);
+	parameter_add_pointer(parameters, request->kind->bucket != EXPIRED ? change(tranche, EXPIRED) : NULL);
 	parameter_add_pointer(parameters, pool->available);
 	parameter_add(parameters, Int64GetDatum(tranche->tranche_id));
 	if (reservation_id == NO_RESERVATION)
@@ -143,8 +144,6 @@ add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 		parameter_add(parameters, Int64GetDatum(tranche->refund_of));
 	else
 		parameter_add_null(parameters);
-	for (int b = 0; b < BUCKETS; b++)
-		parameter_add_pointer(parameters, change(tranche, tranche->logged, b));
 }
 
 static void

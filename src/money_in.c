@@ -20,10 +20,10 @@
 #include "reclaim.h"
 #include "statement.h"
 
-static const EntryKind kind_topup = {"topup", GRANTED, false};
-static const EntryKind kind_adjust_up = {"adjust", GRANTED, false};
-static const EntryKind kind_adjust_down = {"adjust", REVOKED, true};
-static const EntryKind kind_refund = {"refund", CONSUMED, true};
+static const EntryKind kind_topup = {.name = "topup", .bucket = GRANTED};
+static const EntryKind kind_adjust_up = {.name = "adjust", .bucket = GRANTED};
+static const EntryKind kind_adjust_down = {.name = "adjust", .bucket = REVOKED, .negated = true};
+static const EntryKind kind_refund = {.name = "refund", .bucket = CONSUMED, .negated = true};
 
 #define DEFAULT_PRIORITY	100
 
@@ -32,7 +32,8 @@ static const EntryKind kind_refund = {"refund", CONSUMED, true};
  * it consumed and how much of that was refunded.
  */
 static Statement consumed_statement = {
-	.sql = "SELECT l.entry_id, l.credit, l.tranche_id, coalesce(l.consumed_delta, 0), coalesce(r.amount, 0)"
+	.sql = "SELECT l.entry_id, l.credit, l.tranche_id,"
+	" CASE WHEN l.kind IN ('consume', 'settle') THEN l.amount ELSE 0 END, coalesce(r.amount, 0)"
 	" FROM (SELECT coalesce(e.first_entry_id, e.entry_id) AS entry_id FROM credit_lease.ledger e"
 	"  WHERE e.account = $1 AND e.entry_id = $2) c"
 	" JOIN credit_lease.ledger f ON f.account = $1 AND f.entry_id = c.entry_id"

@@ -29,7 +29,8 @@
  * each call, and what that costs grows with the number of columns.
  */
 #define POOL_LOCK(credit, open, wait) \
-	"SELECT t.ctid, t FROM credit_lease.tranche t" \
+	"SELECT t.ctid, t, t.frozen OR EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)" \
+	" FROM credit_lease.tranche t" \
 	" WHERE t.account = $1 AND t.credit = " credit " AND " open \
 	" ORDER BY t.tranche_id FOR NO KEY UPDATE" wait
 
@@ -170,7 +171,6 @@ read_tranche(const Pool *pool, uint64 row)
 	tranche->alive = tranche->expires_at > pool->now;
 	tranche->hold_expires_at = null[COLUMN_HOLD_EXPIRES_AT] ? DT_NOEND :
 		DatumGetTimestampTz(value[COLUMN_HOLD_EXPIRES_AT]);
-	tranche->frozen = DatumGetBool(value[COLUMN_FROZEN]);
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = DatumGetNumeric(value[COLUMN_BALANCE + i]);
 	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
@@ -205,7 +205,7 @@ void
 pool_lock(Pool *pool)
 {
 	Parameters	parameters = {0};
-	char	   *reason;
+	bool		isnull;
 
 	parameter_add_pointer(&parameters, pool->account);
 	if (pool->lock == POOL_BY_RESERVATION)
@@ -218,7 +218,7 @@ pool_lock(Pool *pool)
 	pool->ntranches = (int) statement_execute(&lock_statement[pool->lock], &parameters);
 	/* one to spare, for pool_add() */
 	pool->tranche = palloc(sizeof(Tranche *) * (pool->ntranches + 1));
-	pool->frozen = false;
+	pool->may_be_frozen = pool->ntranches == 0;
 	pool->may_have_lapsed = false;
 	pool->available = amount_zero();
 	pool->held = amount_zero();
@@ -228,7 +228,7 @@ pool_lock(Pool *pool)
 		Tranche    *tranche = read_tranche(pool, i);
 
 		pool->tranche[i] = tranche;
-		pool->frozen |= tranche->frozen;
+		pool->may_be_frozen |= DatumGetBool(statement_value(i, 3, &isnull));
 		if (tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
 			pool->may_have_lapsed = true;
 		pool->held = amount_add(pool->held, tranche->balance[RESERVED]);
@@ -237,8 +237,19 @@ pool_lock(Pool *pool)
 	}
 	if (pool->ntranches > 1)
 		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
-	if (pool->ntranches == 0 && pool->credit)
-		pool->frozen = find_freeze(pool, &reason);
+}
+
+/*
+ * pool_is_frozen
+ *		Returns whether spending and holding are stopped in a locked pool. That
+ *		costs a look only where a freeze concerns the account.
+ */
+bool
+pool_is_frozen(const Pool *pool)
+{
+	char	   *reason;
+
+	return pool->may_be_frozen && find_freeze(pool, &reason);
 }
 
 /* Returns one of the pool's locked tranches, NULL if it is none of them. */
@@ -329,12 +340,11 @@ pool_take(Pool *pool, Numeric amount, Bucket to)
 void
 pool_refuse(const Pool *pool, Numeric requested)
 {
-	char	   *reason = NULL;
+	char	   *reason;
 
-	if (!pool->frozen)
+	if (!pool->may_be_frozen || !find_freeze(pool, &reason))
 		pool_refuse_short(pool, requested);
 
-	find_freeze(pool, &reason);
 	ereport(ERROR,
 			(errcode(ERRCODE_LEASE_FROZEN),
 			 errmsg("credit \"%s\" of account \"%s\" is frozen",

@@ -36,7 +36,6 @@ typedef struct Tranche
 	ItemPointerData tid;		/* of the row */
 	bool		alive;			/* by the clock of the call */
 	bool		is_new;			/* not in the table yet */
-	bool		frozen;
 	int64		refund_of;		/* the entry that a refund gives back, or 0 */
 	Numeric		balance[BUCKETS];	/* as it is to be */
 	Numeric		logged[BUCKETS];	/* as the ledger has it */
@@ -62,7 +61,7 @@ typedef struct Pool
 	ArrayType  *closed_ids;		/* for POOL_WITH_CLOSED */
 	TimestampTz now;
 
-	bool		frozen;
+	bool		may_be_frozen;	/* a freeze concerns the account */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
 	Numeric		available;
 	Numeric		held;
@@ -71,6 +70,7 @@ typedef struct Pool
 } Pool;
 
 extern void pool_lock(Pool *pool);
+extern bool pool_is_frozen(const Pool *pool);
 extern Tranche *pool_find(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at);
 extern void pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount);

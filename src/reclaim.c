@@ -31,8 +31,8 @@
 /* How many holds or tranches a sweep looks for at a time. */
 #define SWEEP_BATCH		1000
 
-static const EntryKind kind_expire_hold = {"expire", RESERVED, true};
-static const EntryKind kind_expire_tranche = {"expire", EXPIRED, false};
+static const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
+static const EntryKind kind_expire_tranche = {.name = "expire", .bucket = EXPIRED};
 
 /* $3 and $4 are the pools that were found locked. */
 static Statement expired_pools_statement = {

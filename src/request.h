@@ -16,6 +16,7 @@ typedef struct EntryKind
 	const char *name;
 	Bucket		bucket;
 	bool		negated;
+	bool		settles;		/* tells what came back apart from its amount */
 } EntryKind;
 
 /*

@@ -22,11 +22,11 @@
 #include "reclaim.h"
 #include "statement.h"
 
-static const EntryKind kind_reserve = {"reserve", RESERVED, false};
-static const EntryKind kind_renew = {"renew", RESERVED, false};
-static const EntryKind kind_settle = {"settle", CONSUMED, false};
-static const EntryKind kind_cancel = {"cancel", RESERVED, true};
-static const EntryKind kind_expire = {"expire", RESERVED, true};
+static const EntryKind kind_reserve = {.name = "reserve", .bucket = RESERVED};
+static const EntryKind kind_renew = {.name = "renew", .bucket = RESERVED};
+static const EntryKind kind_settle = {.name = "settle", .bucket = CONSUMED, .settles = true};
+static const EntryKind kind_cancel = {.name = "cancel", .bucket = RESERVED, .negated = true};
+static const EntryKind kind_expire = {.name = "expire", .bucket = RESERVED, .negated = true};
 
 typedef enum Overage
 {
@@ -167,7 +167,8 @@ reserve(FunctionCallInfo fcinfo, bool try)
 	request_end_arguments(&request);
 
 	reclaim_lock(&pool);
-	refused = pool.frozen || !(reclaim_cover(&pool, amount) || reclaim_cover(&pool, least));
+	refused = !(reclaim_cover(&pool, amount) || reclaim_cover(&pool, least)) ||
+		pool_is_frozen(&pool);
 	if (!refused)
 	{
 		pool_take(&pool, amount_min(amount, pool.available), RESERVED);
@@ -233,7 +234,7 @@ charge_overage(Pool *pool, Hold *hold, Numeric excess, Overage overage)
 {
 	Numeric		charged = amount_zero();
 
-	if (overage == OVERAGE_CHARGE && !pool->frozen)
+	if (overage == OVERAGE_CHARGE && !pool_is_frozen(pool))
 	{
 		charged = amount_min(excess, pool->available);
 		pool_take(pool, charged, CONSUMED);
@@ -396,7 +397,7 @@ lease_renew(PG_FUNCTION_ARGS)
 	if (!is_alive(&pool, &hold))
 		has_ended(&hold);
 	reclaim_lapsed(&pool);
-	if (pool.frozen || !reclaim_cover(&pool, added))
+	if (!reclaim_cover(&pool, added) || pool_is_frozen(&pool))
 		pool_refuse(&pool, added);
 
 	pool_take(&pool, added, RESERVED);

@@ -1,0 +1,103 @@
+-- The application's own table, the hour of requests that is replayed, and
+-- what must hold when it is over.
+
+CREATE ROLE app LOGIN;
+CREATE ROLE billing LOGIN;
+
+CREATE EXTENSION credit_lease;
+SELECT credit_lease.lease_grant_access('app', 'spend') \g /dev/null
+GRANT USAGE ON SCHEMA credit_lease TO billing;
+GRANT EXECUTE ON FUNCTION credit_lease.lease_topup TO billing;
+
+CREATE SCHEMA app;
+COMMENT ON SCHEMA app IS 'what the application stores, in the same transactions that hold and spend credit';
+GRANT USAGE ON SCHEMA app TO app;
+
+CREATE TABLE app.request (
+	request_id bigint PRIMARY KEY,
+	account text NOT NULL,
+	status text NOT NULL CHECK (status IN ('running', 'served', 'failed', 'refused')),
+	reservation_id bigint,
+	prompt_tokens integer NOT NULL,
+	answer_tokens integer,
+	started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+	ended_at timestamptz
+);
+COMMENT ON TABLE app.request IS 'a request that is running and whose hold has expired was abandoned';
+GRANT SELECT, INSERT, UPDATE ON app.request TO app;
+
+-- What is going to happen. The application learns how long an answer is, and
+-- whether there is one, only when the request has ended.
+CREATE SCHEMA trace;
+COMMENT ON SCHEMA trace IS 'the requests that the demo replays';
+GRANT USAGE ON SCHEMA trace TO app, billing;
+
+CREATE TABLE trace.loaded (
+	at timestamp NOT NULL,
+	prompt_tokens integer NOT NULL CHECK (prompt_tokens > 0),
+	answer_tokens integer NOT NULL CHECK (answer_tokens >= 0)
+);
+
+CREATE TABLE trace.request (
+	request_id bigint PRIMARY KEY,
+	at timestamp NOT NULL,
+	account text NOT NULL,
+	prompt_tokens integer NOT NULL,
+	answer_limit integer NOT NULL CHECK (answer_limit >= answer_tokens),
+	answer_tokens integer NOT NULL,
+	ending text NOT NULL CHECK (ending IN ('served', 'failed', 'abandoned')),
+	sent_twice boolean NOT NULL
+);
+GRANT SELECT ON trace.request TO app, billing;
+
+CREATE SEQUENCE trace.next;
+COMMENT ON SEQUENCE trace.next IS 'the request that the next free client takes';
+GRANT USAGE ON SEQUENCE trace.next TO app;
+
+-- Draws from (0, 1) that depend on their arguments alone: the same hour comes
+-- out on every machine, whatever the plan.
+CREATE FUNCTION trace.draw(n bigint, salt bigint) RETURNS double precision
+	LANGUAGE sql IMMUTABLE PARALLEL SAFE
+	RETURN ((hashint8extended(n, salt) & 1048575) + 0.5) / 1048576;
+
+CREATE FUNCTION trace.draw_log_normal(n bigint, salt bigint, median double precision, sigma double precision)
+	RETURNS double precision
+	LANGUAGE sql IMMUTABLE PARALLEL SAFE
+	RETURN median * exp(sigma * sqrt(-2 * ln(trace.draw(n, salt))) * cos(2 * pi() * trace.draw(n, salt + 1)));
+
+-- What became of each request, as the application's table, the holds and the
+-- ledger tell it.
+CREATE VIEW trace.outcome AS
+SELECT t.request_id, t.sent_twice,
+	   CASE WHEN a.status = 'running' AND r.status = 'expired' THEN 'abandoned' ELSE a.status END AS outcome,
+	   t.prompt_tokens + t.answer_limit AS asked,
+	   t.prompt_tokens + t.answer_tokens AS used,
+	   nullif(r.consumed, 0) AS spent,
+	   CASE WHEN r.status <> 'expired' THEN r.refunded END AS given_back,
+	   CASE WHEN r.status = 'expired' THEN r.refunded END AS expired,
+	   CASE WHEN a.status = 'refused' THEN t.prompt_tokens + t.answer_limit END AS refused
+  FROM trace.request t
+  LEFT JOIN app.request a USING (request_id)
+  LEFT JOIN credit_lease.reservation r ON r.account = a.account AND r.reservation_id = a.reservation_id;
+
+CREATE VIEW trace.proof AS
+SELECT check_name, expected, found, expected IS NOT DISTINCT FROM found AS holds
+  FROM (VALUES
+	('requests that ended, of those in the trace',
+	 (SELECT count(*) FROM trace.request),
+	 (SELECT count(*) FROM trace.outcome WHERE outcome IN ('served', 'failed', 'abandoned', 'refused'))),
+	('holds made, of requests not refused (some were sent twice)',
+	 (SELECT count(*) FROM app.request WHERE status <> 'refused'),
+	 (SELECT count(*) FROM credit_lease.reservation)),
+	('tokens charged in the ledger, of prompt + answer of those served',
+	 (SELECT sum(used) FROM trace.outcome WHERE outcome = 'served'),
+	 (SELECT sum(consumed) FROM credit_lease.movement)),
+	('the same by the accounts'' balances',
+	 (SELECT sum(used) FROM trace.outcome WHERE outcome = 'served'),
+	 (SELECT sum(consumed) FROM credit_lease.balance)),
+	('served requests charged anything but that',
+	 0,
+	 (SELECT count(*) FROM trace.outcome WHERE outcome = 'served' AND spent IS DISTINCT FROM used)),
+	('holds still open', 0, (SELECT count(*) FROM credit_lease.reservation WHERE status = 'held')),
+	('rows of lease_verify()', 0, (SELECT count(*) FROM credit_lease.lease_verify()))
+  ) AS p (check_name, expected, found);
