@@ -105,7 +105,7 @@ CREATE INDEX reservation_expiry ON credit_lease.reservation (expires_at) WHERE s
 
 COMMENT ON TABLE credit_lease.reservation IS 'holds and how each ended: settled, cancelled or expired, exactly once';
 COMMENT ON COLUMN credit_lease.reservation.amount IS 'what is or was held, added amounts included';
-COMMENT ON COLUMN credit_lease.reservation.tranche_ids IS 'the tranches it came from, in the order in which it burns';
+COMMENT ON COLUMN credit_lease.reservation.tranche_ids IS 'the tranches it came from';
 COMMENT ON COLUMN credit_lease.reservation.tranche_amounts IS 'how much came from each of them';
 COMMENT ON COLUMN credit_lease.reservation.consumed IS 'spent by the settlement, overage included';
 COMMENT ON COLUMN credit_lease.reservation.refunded IS 'came back to what the pool can spend; what came back to an expired tranche did not';

@@ -136,23 +136,6 @@ argument_optional_ttl(FunctionCallInfo fcinfo, int n, const char *name, Timestam
 	return value;
 }
 
-/* Returns an instant after now, DT_NOEND for never. */
-TimestampTz
-argument_optional_expiry(FunctionCallInfo fcinfo, int n, const char *name, TimestampTz now)
-{
-	TimestampTz value;
-
-	if (PG_ARGISNULL(n))
-		return DT_NOEND;
-
-	value = PG_GETARG_TIMESTAMPTZ(n);
-	if (value <= now)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("%s must be in the future", name)));
-	return value;
-}
-
 Jsonb *
 argument_optional_jsonb(FunctionCallInfo fcinfo, int n)
 {

@@ -7,8 +7,8 @@
  * ends it has those locks first; its own row is then free. Every change of the
  * row demands that it is still held, so that it ends once (rule 4).
  *
- * The parts stand in the order in which they burn: a settlement spends the
- * first of them and gives the last back.
+ * A settlement spends the parts in the order in which their tranches burn and
+ * gives the last of them back.
  */
 #include "postgres.h"
 
@@ -304,6 +304,18 @@ hold_next_expiry(const Pool *pool)
 	return isnull ? DT_NOEND : DatumGetTimestampTz(value);
 }
 
+/* Returns how much of a hold came from a tranche, NULL for nothing. */
+static Numeric
+find_part(const Hold *hold, int64 tranche_id)
+{
+	for (int i = 0; i < hold->nparts; i++)
+	{
+		if (hold->tranche_id[i] == tranche_id)
+			return hold->part[i];
+	}
+	return NULL;
+}
+
 /*
  * hold_release
  *		Moves an amount of what is held to CONSUMED and gives the rest back to
@@ -317,12 +329,17 @@ hold_release(Pool *pool, Hold *hold, Numeric consumed)
 
 	hold->consumed = consumed;
 	hold->refunded = amount_zero();
-	for (int i = 0; i < hold->nparts; i++)
+	for (int i = 0; i < pool->ntranches; i++)
 	{
-		Tranche    *tranche = pool_find(pool, hold->tranche_id[i]);
-		Numeric		spent = amount_min(left, hold->part[i]);
-		Numeric		rest = amount_subtract(hold->part[i], spent);
+		Tranche    *tranche = pool->tranche[i];
+		Numeric		part = find_part(hold, tranche->tranche_id);
+		Numeric		spent;
+		Numeric		rest;
 
+		if (part == NULL)
+			continue;
+		spent = amount_min(left, part);
+		rest = amount_subtract(part, spent);
 		pool_move(pool, tranche, RESERVED, CONSUMED, spent);
 		pool_move(pool, tranche, RESERVED, tranche->alive ? REMAINING : EXPIRED, rest);
 		left = amount_subtract(left, spent);

@@ -21,7 +21,7 @@ typedef struct Hold
 	HoldStatus	status;
 	Numeric		amount;
 	TimestampTz expires_at;
-	int			nparts;			/* the tranches it came from, in burn order */
+	int			nparts;			/* the tranches it came from, and how much from each */
 	int64	   *tranche_id;
 	Numeric    *part;
 
