@@ -8,7 +8,7 @@
  * for the tranche look again when it goes on, and makes one at REPEATABLE READ
  * fail with 40001. Credit that comes in meanwhile needs no mark.
  *
- * Locks: the tranches of the pools, by credit and tranche_id, then the row of
+ * Locks: the tranches of the pools, by credit and position, then the row of
  * frozen_pool.
  */
 #include "postgres.h"
@@ -27,7 +27,7 @@
 static Statement lock_statement = {
 	.sql = "SELECT FROM credit_lease.tranche t"
 	" WHERE t.account = $1 AND ($2 IS NULL OR t.credit = $2) AND (t.open OR t.frozen)"
-	" ORDER BY t.credit, t.tranche_id FOR NO KEY UPDATE",
+	" ORDER BY t.credit, t.position FOR NO KEY UPDATE",
 	.nargs = 2,
 	.argtypes = {TEXTOID, TEXTOID}
 };
@@ -56,22 +56,27 @@ static Statement mark_statement = {
 
 static const char *const level_word[] = {"spend", "read", "admin"};
 
+/* What every level needs: to name the schema, and what functions return. */
+#define GRANT_NAMES \
+	"SELECT pg_catalog.format('GRANT USAGE ON SCHEMA credit_lease TO %I', $1)" \
+	" UNION ALL SELECT pg_catalog.format('GRANT USAGE ON TYPE %s TO %I', t.oid::pg_catalog.regtype, $1)" \
+	"  FROM pg_catalog.pg_type t JOIN pg_catalog.pg_class c ON c.oid = t.typrelid" \
+	"  WHERE t.typnamespace = 'credit_lease'::pg_catalog.regnamespace AND c.relkind = 'c'" \
+	" UNION ALL "
+
 /* What the levels may do, as statements for the role %I. */
 static const char *const level_grants[] = {
-	"SELECT pg_catalog.format('GRANT USAGE ON SCHEMA credit_lease TO %I', $1)"
-	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
+	GRANT_NAMES "SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
 	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
 	"  AND p.proname IN ('lease_balance', 'lease_consume', 'lease_try_consume', 'lease_reserve',"
 	"   'lease_try_reserve', 'lease_settle', 'lease_cancel', 'lease_renew')",
 
-	"SELECT pg_catalog.format('GRANT USAGE ON SCHEMA credit_lease TO %I', $1)"
-	" UNION ALL SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
+	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
 	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
 	"  AND p.proname IN ('lease_balance', 'lease_verify', 'lease_clock')",
 
-	"SELECT pg_catalog.format('GRANT USAGE ON SCHEMA credit_lease TO %I', $1)"
-	" UNION ALL SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
+	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT INSERT, UPDATE, DELETE ON credit_lease.policy TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
 	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"

@@ -103,6 +103,19 @@ amount_has_too_many_digits(Numeric a)
 										  NumericGetDatum(a))) > AMOUNT_MAX_SCALE;
 }
 
+/*
+ * amount_without_excess
+ *		Returns an amount without the zeros that a computation has left behind
+ *		the digits it may have: balances would show them for ever.
+ */
+Numeric
+amount_without_excess(Numeric a)
+{
+	if (DatumGetInt32(DirectFunctionCall1(numeric_scale, NumericGetDatum(a))) <= AMOUNT_MAX_SCALE)
+		return a;
+	return DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale, NumericGetDatum(a)));
+}
+
 /* Returns the digits, for messages. */
 char *
 amount_out(Numeric a)

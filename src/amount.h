@@ -16,6 +16,7 @@ extern Numeric amount_min(Numeric a, Numeric b);
 extern int	amount_compare(Numeric a, Numeric b);
 extern int	amount_sign(Numeric a);
 extern bool amount_has_too_many_digits(Numeric a);
+extern Numeric amount_without_excess(Numeric a);
 extern char *amount_out(Numeric a);
 
 #endif							/* CREDIT_LEASE_AMOUNT_H */

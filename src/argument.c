@@ -25,6 +25,14 @@ require(FunctionCallInfo fcinfo, int n, const char *name)
 				 errmsg("%s must not be null", name)));
 }
 
+pg_noreturn static void
+must_be_positive(const char *name)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("%s must be positive", name)));
+}
+
 /* Returns a text of 1 to 512 bytes. */
 text *
 argument_text(FunctionCallInfo fcinfo, int n, const char *name)
@@ -85,9 +93,7 @@ argument_optional_amount(FunctionCallInfo fcinfo, int n, const char *name, Amoun
 
 	sign = amount_sign(value);
 	if (range == AMOUNT_POSITIVE && sign <= 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("%s must be positive", name)));
+		must_be_positive(name);
 	if (range == AMOUNT_NOT_NEGATIVE && sign < 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -103,7 +109,7 @@ argument_optional_amount(FunctionCallInfo fcinfo, int n, const char *name, Amoun
 				 errmsg("%s has too many digits", name),
 				 errdetail("An amount has at most %d digits before the point and %d after it.",
 						   AMOUNT_MAX_INTEGER_DIGITS, AMOUNT_MAX_SCALE)));
-	return value;
+	return amount_without_excess(value);
 }
 
 /*
@@ -114,25 +120,27 @@ Interval *
 argument_optional_ttl(FunctionCallInfo fcinfo, int n, const char *name, TimestampTz now)
 {
 	const Interval longest = {.month = ARGUMENT_MAX_TTL_YEARS * MONTHS_PER_YEAR};
+	const Interval absurd = {.month = 2 * ARGUMENT_MAX_TTL_YEARS * MONTHS_PER_YEAR};
 	Interval   *value;
 
 	if (PG_ARGISNULL(n))
 		return NULL;
 
 	value = PG_GETARG_INTERVAL_P(n);
+	if (!DatumGetBool(DirectFunctionCall2(interval_gt,
+										  IntervalPGetDatum(value),
+										  IntervalPGetDatum(&(Interval) {0}))))
+		must_be_positive(name);
+	/* what is absurd cannot even be added to a time */
 	if (DatumGetBool(DirectFunctionCall2(interval_gt,
 										 IntervalPGetDatum(value),
-										 IntervalPGetDatum(&longest))))
+										 IntervalPGetDatum(&absurd))) ||
+		instant_add(now, value) > instant_add(now, &longest))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("%s must not be longer than %d years", name, ARGUMENT_MAX_TTL_YEARS)));
-	if (!DatumGetBool(DirectFunctionCall2(interval_gt,
-										  IntervalPGetDatum(value),
-										  IntervalPGetDatum(&(Interval) {0}))) ||
-		instant_add(now, value) <= now)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("%s must be positive", name)));
+	if (instant_add(now, value) <= now)
+		must_be_positive(name);
 	return value;
 }
 

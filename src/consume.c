@@ -7,7 +7,6 @@
 #include "postgres.h"
 
 #include "argument.h"
-#include "clock.h"
 #include "ledger.h"
 #include "reclaim.h"
 #include "statement.h"
@@ -29,7 +28,6 @@ consume(FunctionCallInfo fcinfo, bool try)
 	Datum		values[5];
 	bool		nulls[5] = {false};
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
 	request.amount = amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);

@@ -19,6 +19,7 @@
 #include "utils/timestamp.h"
 
 #include "amount.h"
+#include "compat.h"
 #include "errors.h"
 #include "hold.h"
 #include "statement.h"
@@ -33,6 +34,13 @@ static const char *const status_word[] = {"held", "settled", "cancelled", "expir
 
 static Statement find_statement = {
 	.sql = HOLD_COLUMNS " WHERE r.account = $1 AND r.reservation_id = $2",
+	.nargs = 2,
+	.argtypes = {TEXTOID, INT8OID}
+};
+
+static Statement lock_statement = {
+	.sql = "SELECT FROM credit_lease.reservation r"
+	" WHERE r.account = $1 AND r.reservation_id = $2 FOR NO KEY UPDATE",
 	.nargs = 2,
 	.argtypes = {TEXTOID, INT8OID}
 };
@@ -77,6 +85,16 @@ static Statement end_statement = {
 	NUMERICOID, NUMERICOID, NUMERICOID, TEXTOID, INT8OID}
 };
 
+pg_noreturn static void
+not_the_sum(const Hold *hold)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_BOOKS),
+			 errmsg("reservation " INT64_FORMAT " is not the sum of its parts",
+					hold->reservation_id)));
+}
+
+/* Rule 3: a hold whose parts do not add up is refused. */
 static void
 read_parts(Hold *hold, Datum ids, Datum amounts)
 {
@@ -84,16 +102,14 @@ read_parts(Hold *hold, Datum ids, Datum amounts)
 	Datum	   *amount;
 	int			nids;
 	int			namounts;
+	Numeric		sum = amount_zero();
 
 	deconstruct_array(DatumGetArrayTypeP(ids), INT8OID, sizeof(int64), FLOAT8PASSBYVAL,
 					  TYPALIGN_DOUBLE, &id, NULL, &nids);
 	deconstruct_array(DatumGetArrayTypeP(amounts), NUMERICOID, -1, false,
 					  TYPALIGN_INT, &amount, NULL, &namounts);
 	if (nids != namounts)
-		ereport(ERROR,
-				(errcode(ERRCODE_LEASE_BOOKS),
-				 errmsg("reservation " INT64_FORMAT " has %d tranches and %d amounts",
-						hold->reservation_id, nids, namounts)));
+		not_the_sum(hold);
 
 	hold->nparts = nids;
 	hold->tranche_id = palloc(sizeof(int64) * nids);
@@ -102,7 +118,12 @@ read_parts(Hold *hold, Datum ids, Datum amounts)
 	{
 		hold->tranche_id[i] = DatumGetInt64(id[i]);
 		hold->part[i] = DatumGetNumeric(amount[i]);
+		if (amount_sign(hold->part[i]) <= 0)
+			not_the_sum(hold);
+		sum = amount_add(sum, hold->part[i]);
 	}
+	if (amount_compare(sum, hold->amount) != 0)
+		not_the_sum(hold);
 }
 
 static void
@@ -149,6 +170,17 @@ hold_find(text *account, int64 reservation_id, Hold *hold)
 		return false;
 	read_hold(0, hold);
 	return true;
+}
+
+/* Locks a hold's row, which is 40001 if it has changed since the snapshot. */
+void
+hold_lock(const Pool *pool, const Hold *hold)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add(&parameters, Int64GetDatum(hold->reservation_id));
+	statement_execute(&lock_statement, &parameters);
 }
 
 /* Reads the pool's expired holds that nobody has given back, at most limit. */
@@ -346,11 +378,7 @@ hold_release(Pool *pool, Hold *hold, Numeric consumed)
 		if (tranche->alive)
 			hold->refunded = amount_add(hold->refunded, rest);
 	}
-	if (amount_sign(left) != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_LEASE_BOOKS),
-				 errmsg("reservation " INT64_FORMAT " is not the sum of its parts",
-						hold->reservation_id)));
+	Assert(amount_sign(left) == 0);
 }
 
 /* Writes how a hold ended, as its fields say. */

@@ -46,29 +46,33 @@ static Statement append_new_reservation_statement =
 APPEND("$8", "pg_catalog.nextval('credit_lease.reservation_id_seq')");
 
 #define STATE_TYPES \
-	BOOLOID, TIMESTAMPTZOID, \
+	BOOLOID, INT4OID, INT8OID, TIMESTAMPTZOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
 
 static Statement change_statement = {
-	.sql = "UPDATE credit_lease.tranche t SET open = $3, hold_expires_at = $4,"
-	" granted = $5, chunked = $6, reserved = $7, remaining = $8,"
-	" consumed = $9, expired = $10, returned = $11, revoked = $12"
+	.sql = "UPDATE credit_lease.tranche t SET open = $3, open_tranches = $4, position = $5,"
+	" hold_expires_at = $6, granted = $7, chunked = $8, reserved = $9, remaining = $10,"
+	" consumed = $11, expired = $12, returned = $13, revoked = $14"
 	" WHERE t.account = $1 AND t.ctid = $2 RETURNING t.ctid",
-	.nargs = 12,
+	.nargs = 14,
 	.argtypes = {TEXTOID, TIDOID, STATE_TYPES}
 };
 
 static Statement create_statement = {
 	.sql = "INSERT INTO credit_lease.tranche (account, credit, tranche_id,"
-	" open, hold_expires_at,"
+	" open, open_tranches, position, hold_expires_at,"
 	" granted, chunked, reserved, remaining, consumed, expired, returned, revoked,"
 	" kind, priority, expires_at, created_at)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 'grant', $14, $15, $16)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, 'grant', $16, $17, $18)"
 	" RETURNING ctid",
-	.nargs = 16,
+	.nargs = 18,
 	.argtypes = {TEXTOID, TEXTOID, INT8OID, STATE_TYPES,
 	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+};
+
+static Statement position_statement = {
+	.sql = "SELECT pg_catalog.nextval('credit_lease.tranche_id_seq')"
 };
 
 /* Returns what the ledger does not know yet of a term's change, NULL for none. */
@@ -90,7 +94,7 @@ is_changed(const Tranche *tranche, const Numeric *from)
  * Raises LC009: something that the call itself set off, a trigger for instance,
  * has changed a tranche that the call has locked.
  */
-static void
+pg_noreturn static void
 changed_behind(const Pool *pool, const Tranche *tranche)
 {
 	ereport(ERROR,
@@ -131,7 +135,7 @@ add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 	parameter_add_pointer(parameters, first ? request->arguments : NULL);
 	parameter_add_pointer(parameters, request->metadata);
 	parameter_add_pointer(parameters, request->reason);
-	parameter_add(parameters, TimestampTzGetDatum(request->now));
+	parameter_add(parameters, TimestampTzGetDatum(pool->now));
 	if (first)
 		parameter_add_null(parameters);
 	else
@@ -157,11 +161,11 @@ add_instant(Parameters *parameters, TimestampTz instant)
 
 /* Adds the columns of a tranche that calls change. */
 static void
-add_state(Parameters *parameters, const Tranche *tranche)
+add_state(Parameters *parameters, const Tranche *tranche, int open_tranches)
 {
-	parameter_add(parameters, BoolGetDatum(amount_sign(tranche->balance[REMAINING]) != 0 ||
-										   amount_sign(tranche->balance[RESERVED]) != 0 ||
-										   amount_sign(tranche->balance[CHUNKED]) != 0));
+	parameter_add(parameters, BoolGetDatum(tranche_is_open(tranche)));
+	parameter_add(parameters, Int32GetDatum(open_tranches));
+	parameter_add(parameters, Int64GetDatum(tranche->position));
 	add_instant(parameters, tranche->hold_expires_at);
 	for (int b = 0; b < BUCKETS; b++)
 		parameter_add_pointer(parameters, tranche->balance[b]);
@@ -202,7 +206,14 @@ ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 
 		add_entry(&parameters, pool, request, tranche, *reservation_id, first_entry_id, parts);
 		if (statement_execute(statement, &parameters) == 0)
-			return 0;
+		{
+			if (request->key && first_entry_id == 0)
+				return 0;
+			ereport(ERROR,
+					(errcode(ERRCODE_LEASE_BOOKS),
+					 errmsg("the ledger did not accept an entry of account \"%s\"",
+							text_to_cstring(pool->account))));
+		}
 
 		if (first_entry_id == 0)
 			first_entry_id = DatumGetInt64(statement_value(0, 1, &isnull));
@@ -216,14 +227,27 @@ ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 	return first_entry_id;
 }
 
+static int64
+draw_position(void)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	statement_execute(&position_statement, &parameters);
+	return DatumGetInt64(statement_value(0, 1, &isnull));
+}
+
 /*
  * ledger_save
- *		Writes the tranches that have changed since they were read or saved.
- *		All of it must have been appended to the ledger.
+ *		Writes the tranches that have changed since they were read or saved,
+ *		or that do not know how many there are. What was moved must have been
+ *		appended to the ledger.
  */
 void
 ledger_save(Pool *pool)
 {
+	int			open_tranches = pool_count_open(pool);
+
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		Tranche    *tranche = pool->tranche[i];
@@ -232,8 +256,15 @@ ledger_save(Pool *pool)
 		bool		isnull;
 
 		Assert(!is_changed(tranche, tranche->logged));
-		if (!is_changed(tranche, tranche->stored))
+		if (!is_changed(tranche, tranche->stored) &&
+			tranche->hold_expires_at == tranche->stored_hold_expires_at &&
+			(tranche->stored_open_tranches == open_tranches || !tranche_is_open(tranche)))
 			continue;
+
+		if (tranche->is_new)
+			tranche->position = tranche->tranche_id;
+		else if (tranche->position == NEW_POSITION)
+			tranche->position = draw_position();
 
 		parameter_add_pointer(&parameters, pool->account);
 		if (tranche->is_new)
@@ -243,7 +274,7 @@ ledger_save(Pool *pool)
 		}
 		else
 			parameter_add_pointer(&parameters, &tranche->tid);
-		add_state(&parameters, tranche);
+		add_state(&parameters, tranche, open_tranches);
 		if (tranche->is_new)
 		{
 			parameter_add(&parameters, Int32GetDatum(tranche->priority));
@@ -255,6 +286,8 @@ ledger_save(Pool *pool)
 			changed_behind(pool, tranche);
 		tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(0, 1, &isnull));
 		memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
+		tranche->stored_hold_expires_at = tranche->hold_expires_at;
+		tranche->stored_open_tranches = open_tranches;
 		tranche->is_new = false;
 	}
 }

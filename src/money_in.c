@@ -85,7 +85,6 @@ lease_topup(PG_FUNCTION_ARGS)
 	Datum		values[5];
 	bool		nulls[5] = {false};
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
 	request.amount = amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
@@ -103,10 +102,10 @@ lease_topup(PG_FUNCTION_ARGS)
 	request_end_arguments(&request);
 
 	/* a replay is answered even when what it made has expired since */
-	replayed = expires_at <= pool.now && request_find_first(&request, false, &first);
+	replayed = expires_at <= clock_now() && request_find_first(&request, false, &first);
 	if (!replayed)
 	{
-		if (expires_at <= pool.now)
+		if (expires_at <= clock_now())
 			ereport(ERROR,
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("expires_at must be in the future")));
@@ -148,7 +147,6 @@ lease_adjust(PG_FUNCTION_ARGS)
 	Datum		values[4];
 	bool		nulls[4] = {false};
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
 	request.amount = amount = argument_amount(fcinfo, 2, "amount", AMOUNT_NOT_ZERO);
@@ -220,6 +218,13 @@ find_consumed(text *account, int64 entry_id, ConsumedEntry **entries, text **cre
 		entry->consumed = DatumGetNumeric(statement_value(i, 4, &isnull));
 		entry->refunded = DatumGetNumeric(statement_value(i, 5, &isnull));
 		entry->refund = amount_zero();
+		if (amount_sign(entry->refunded) < 0 ||
+			amount_compare(entry->refunded, entry->consumed) > 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_LEASE_BOOKS),
+					 errmsg("entry " INT64_FORMAT " consumed %s and %s of it is refunded",
+							entry->entry_id, amount_out(entry->consumed),
+							amount_out(entry->refunded))));
 	}
 	return n;
 }
@@ -306,7 +311,6 @@ lease_refund(PG_FUNCTION_ARGS)
 	Datum		values[4];
 	bool		nulls[4] = {false};
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	entry_id = argument_id(fcinfo, 1, "entry_id");
 	amount = argument_optional_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
@@ -333,7 +337,7 @@ lease_refund(PG_FUNCTION_ARGS)
 		amount = spread_refund(entries, n, entry_id, amount);
 		for (int i = 0; i < n; i++)
 		{
-			Tranche    *tranche = pool_find(&pool, entries[i].tranche_id);
+			Tranche    *tranche = pool_get(&pool, entries[i].tranche_id);
 
 			pool_move(&pool, tranche, CONSUMED, tranche->alive ? REMAINING : EXPIRED,
 					  entries[i].refund);

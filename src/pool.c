@@ -2,11 +2,17 @@
  * pool.c
  *		The tranches of one pool: locking, checking and moving amounts.
  *
- * pool_lock() locks the open tranches of a pool in the order of tranche_id,
- * the same for everyone, and copies them; pool_move() and its friends change
- * the copies; ledger.c writes what changed. Locks are held until the end of
- * the transaction. A row that a concurrent transaction has changed since the
+ * pool_lock() locks the open tranches of a pool in the order of position, and
+ * copies them; pool_move() and its friends change the copies; ledger.c writes
+ * what changed. Whatever opens goes to the end of that order, so that who has
+ * locked a pool before never has to wait for something in front. Locks are
+ * held until the end of the transaction. A row that a concurrent transaction has changed since the
  * snapshot is read again at READ COMMITTED and is 40001 above it (rule 1).
+ *
+ * Tranches that came in while a call waited are not in its snapshot, but the
+ * others say how many there are. The call then looks again, without waiting:
+ * it has its locks by then, and who has locked what came in may be waiting for
+ * them. What a transaction in progress has locked does not count.
  *
  * Every row is proved when it is read and every move when it is made: a
  * negative or unbalanced amount is LC009 (rule 3).
@@ -20,6 +26,7 @@
 #include "utils/typcache.h"
 
 #include "amount.h"
+#include "clock.h"
 #include "errors.h"
 #include "pool.h"
 #include "statement.h"
@@ -32,7 +39,7 @@
 	"SELECT t.ctid, t, t.frozen OR EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)" \
 	" FROM credit_lease.tranche t" \
 	" WHERE t.account = $1 AND t.credit = " credit " AND " open \
-	" ORDER BY t.tranche_id FOR NO KEY UPDATE" wait
+	" ORDER BY t.position FOR NO KEY UPDATE" wait
 
 /* The columns of credit_lease.tranche, as its script orders them. */
 enum
@@ -50,32 +57,42 @@ enum
 	COLUMN_FROZEN,
 	COLUMN_HOLD_EXPIRES_AT,
 	COLUMN_OPEN,
+	COLUMN_OPEN_TRANCHES,
+	COLUMN_POSITION,
 	COLUMN_BALANCE,
 	COLUMNS = COLUMN_BALANCE + BUCKETS
 };
 
-static Statement lock_statement[] = {
-	[POOL_BY_CREDIT] = {
-		.sql = POOL_LOCK("$2", "t.open", ""),
-		.nargs = 2,
-		.argtypes = {TEXTOID, TEXTOID}
-	},
-	[POOL_BY_RESERVATION] = {
-		.sql = POOL_LOCK("(SELECT h.credit FROM credit_lease.reservation h"
-						 " WHERE h.account = $1 AND h.reservation_id = $2)", "t.open", ""),
-		.nargs = 2,
-		.argtypes = {TEXTOID, INT8OID}
-	},
-	[POOL_WITH_CLOSED] = {
-		.sql = POOL_LOCK("$2", "(t.open OR t.tranche_id = ANY ($3))", ""),
-		.nargs = 3,
-		.argtypes = {TEXTOID, TEXTOID, INT8ARRAYOID}
-	},
-	[POOL_SKIP_LOCKED] = {
-		.sql = POOL_LOCK("$2", "t.open", " SKIP LOCKED"),
-		.nargs = 2,
-		.argtypes = {TEXTOID, TEXTOID}
+#define CREDIT_OF_RESERVATION \
+	"(SELECT h.credit FROM credit_lease.reservation h WHERE h.account = $1 AND h.reservation_id = $2)"
+
+#define POOL_LOCK_STATEMENTS(wait) \
+	{ \
+		[POOL_BY_CREDIT] = { \
+			.sql = POOL_LOCK("$2", "t.open", wait), \
+			.nargs = 2, \
+			.argtypes = {TEXTOID, TEXTOID} \
+		}, \
+		[POOL_BY_RESERVATION] = { \
+			.sql = POOL_LOCK(CREDIT_OF_RESERVATION, "t.open", wait), \
+			.nargs = 2, \
+			.argtypes = {TEXTOID, INT8OID} \
+		}, \
+		[POOL_WITH_CLOSED] = { \
+			.sql = POOL_LOCK("$2", "(t.open OR t.tranche_id = ANY ($3))", wait), \
+			.nargs = 3, \
+			.argtypes = {TEXTOID, TEXTOID, INT8ARRAYOID} \
+		} \
 	}
+
+static Statement lock_statement[POOL_LOCKS] = POOL_LOCK_STATEMENTS("");
+static Statement skip_locked_statement[POOL_LOCKS] = POOL_LOCK_STATEMENTS(" SKIP LOCKED");
+
+static Statement count_statement = {
+	.sql = "SELECT count(*)::integer FROM credit_lease.tranche t"
+	" WHERE t.account = $1 AND t.credit = $2 AND t.open",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
 };
 
 static Statement frozen_statement = {
@@ -104,7 +121,7 @@ find_freeze(const Pool *pool, char **reason)
 	return true;
 }
 
-static void
+pg_noreturn static void
 books_do_not_balance(const Pool *pool, const Tranche *tranche)
 {
 	ereport(ERROR,
@@ -150,8 +167,8 @@ read_tranche(const Pool *pool, uint64 row)
 	Tranche    *tranche = palloc0(sizeof(Tranche));
 	HeapTupleData row_tuple;
 	TupleDesc	tupdesc;
-	Datum		value[COLUMNS];
-	bool		null[COLUMNS];
+	Datum	   *value;
+	bool	   *null;
 	bool		isnull;
 
 	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
@@ -159,8 +176,9 @@ read_tranche(const Pool *pool, uint64 row)
 	row_tuple.t_len = HeapTupleHeaderGetDatumLength(row_tuple.t_data);
 	tupdesc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(row_tuple.t_data),
 									 HeapTupleHeaderGetTypMod(row_tuple.t_data));
-	if (tupdesc->natts != COLUMNS)
-		elog(ERROR, "credit_lease.tranche has %d columns and not %d", tupdesc->natts, COLUMNS);
+	Assert(tupdesc->natts >= COLUMNS);
+	value = palloc(sizeof(Datum) * tupdesc->natts);
+	null = palloc(sizeof(bool) * tupdesc->natts);
 	heap_deform_tuple(&row_tuple, tupdesc, value, null);
 	ReleaseTupleDesc(tupdesc);
 
@@ -171,6 +189,11 @@ read_tranche(const Pool *pool, uint64 row)
 	tranche->alive = tranche->expires_at > pool->now;
 	tranche->hold_expires_at = null[COLUMN_HOLD_EXPIRES_AT] ? DT_NOEND :
 		DatumGetTimestampTz(value[COLUMN_HOLD_EXPIRES_AT]);
+	tranche->stored_hold_expires_at = tranche->hold_expires_at;
+	tranche->stored_open_tranches = DatumGetInt32(value[COLUMN_OPEN_TRANCHES]);
+	tranche->position = DatumGetInt64(value[COLUMN_POSITION]);
+	if (!DatumGetBool(value[COLUMN_OPEN]))
+		tranche->position = NEW_POSITION;
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = DatumGetNumeric(value[COLUMN_BALANCE + i]);
 	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
@@ -193,16 +216,9 @@ compare_burn_order(const void *a, const void *b)
 	return x->tranche_id < y->tranche_id ? -1 : 1;
 }
 
-/*
- * pool_lock
- *		Locks and reads the pool's tranches, as the fields of pool say that
- *		were set before, and sets the others. Waits for whoever has one of
- *		them locked, unless the pool skips such rows. May be called again to
- *		see what others have committed meanwhile; what was moved and not yet
- *		written is forgotten then.
- */
-void
-pool_lock(Pool *pool)
+/* Locks and reads the tranches, and takes the time when that is done. */
+static void
+read_pool(Pool *pool, Statement *statement)
 {
 	Parameters	parameters = {0};
 	bool		isnull;
@@ -215,7 +231,8 @@ pool_lock(Pool *pool)
 	if (pool->lock == POOL_WITH_CLOSED)
 		parameter_add_pointer(&parameters, pool->closed_ids);
 
-	pool->ntranches = (int) statement_execute(&lock_statement[pool->lock], &parameters);
+	pool->ntranches = (int) statement_execute(&statement[pool->lock], &parameters);
+	pool->now = clock_now();
 	/* one to spare, for pool_add() */
 	pool->tranche = palloc(sizeof(Tranche *) * (pool->ntranches + 1));
 	pool->may_be_frozen = pool->ntranches == 0;
@@ -237,6 +254,84 @@ pool_lock(Pool *pool)
 	}
 	if (pool->ntranches > 1)
 		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
+}
+
+/* Returns whether the tranches that were read say that they are all. */
+static bool
+seems_whole(const Pool *pool)
+{
+	int			nopen = pool_count_open(pool);
+
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		if (tranche_is_open(pool->tranche[i]) && pool->tranche[i]->stored_open_tranches != nopen)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * pool_lock
+ *		Locks and reads the pool's tranches, as the fields of pool say that
+ *		were set before, and sets the others. Waits for whoever has one of
+ *		them locked, unless the pool skips such rows.
+ */
+void
+pool_lock(Pool *pool)
+{
+	read_pool(pool, pool->skip_locked ? skip_locked_statement : lock_statement);
+	if (!pool->skip_locked && !seems_whole(pool))
+		pool_look_again(pool);
+}
+
+/*
+ * pool_look_again
+ *		Locks, without waiting, and reads what others have committed since the
+ *		pool was locked. What was moved and not yet written is forgotten.
+ */
+void
+pool_look_again(Pool *pool)
+{
+	read_pool(pool, skip_locked_statement);
+}
+
+/*
+ * pool_is_whole
+ *		Returns whether a pool that skips locked rows has all of its own.
+ */
+bool
+pool_is_whole(const Pool *pool)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	if (seems_whole(pool))
+		return true;
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	statement_execute(&count_statement, &parameters);
+	return DatumGetInt32(statement_value(0, 1, &isnull)) == pool_count_open(pool);
+}
+
+/* Returns whether something of a tranche is left, held or carved out. */
+bool
+tranche_is_open(const Tranche *tranche)
+{
+	return amount_sign(tranche->balance[REMAINING]) != 0 ||
+		amount_sign(tranche->balance[RESERVED]) != 0 ||
+		amount_sign(tranche->balance[CHUNKED]) != 0;
+}
+
+/* Returns how many of the locked tranches are open, as they are to be. */
+int
+pool_count_open(const Pool *pool)
+{
+	int			n = 0;
+
+	for (int i = 0; i < pool->ntranches; i++)
+		n += tranche_is_open(pool->tranche[i]);
+	return n;
 }
 
 /*
@@ -264,6 +359,20 @@ pool_find(const Pool *pool, int64 tranche_id)
 	return NULL;
 }
 
+/* Returns one of the pool's locked tranches; raises LC009 if it is none of them. */
+Tranche *
+pool_get(const Pool *pool, int64 tranche_id)
+{
+	Tranche    *tranche = pool_find(pool, tranche_id);
+
+	if (tranche == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_LEASE_BOOKS),
+				 errmsg("account \"%s\" has no tranche " INT64_FORMAT,
+						text_to_cstring(pool->account), tranche_id)));
+	return tranche;
+}
+
 /*
  * pool_add
  *		Grants an amount as a new tranche, at most one for each pool_lock().
@@ -276,7 +385,7 @@ pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at)
 
 	tranche->priority = priority;
 	tranche->expires_at = expires_at;
-	tranche->hold_expires_at = DT_NOEND;
+	tranche->hold_expires_at = tranche->stored_hold_expires_at = DT_NOEND;
 	tranche->alive = true;
 	tranche->is_new = true;
 	for (int i = 0; i < BUCKETS; i++)

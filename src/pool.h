@@ -23,6 +23,8 @@ typedef enum Bucket
 
 #define BUCKETS	(REVOKED + 1)
 
+#define NEW_POSITION	INT64CONST(0)
+
 /*
  * A locked tranche. An amount that did not change is the same pointer in all
  * three arrays.
@@ -33,6 +35,9 @@ typedef struct Tranche
 	int32		priority;
 	TimestampTz expires_at;		/* DT_NOEND for never */
 	TimestampTz hold_expires_at;	/* none of its holds expires earlier */
+	TimestampTz stored_hold_expires_at;
+	int32		stored_open_tranches;
+	int64		position;		/* NEW_POSITION if it is to be opened */
 	ItemPointerData tid;		/* of the row */
 	bool		alive;			/* by the clock of the call */
 	bool		is_new;			/* not in the table yet */
@@ -42,25 +47,27 @@ typedef struct Tranche
 	Numeric		stored[BUCKETS];	/* as the table has it */
 } Tranche;
 
-/* How the tranches of a pool are found and locked. */
+/* Which tranches of a pool are locked. */
 typedef enum PoolLock
 {
 	POOL_BY_CREDIT,				/* the open ones */
 	POOL_BY_RESERVATION,		/* the open ones of the reservation's credit */
-	POOL_WITH_CLOSED,			/* the open ones, and some that may be closed */
-	POOL_SKIP_LOCKED			/* those open ones that nobody else has locked */
+	POOL_WITH_CLOSED			/* the open ones, and some that may be closed */
 } PoolLock;
+
+#define POOL_LOCKS	(POOL_WITH_CLOSED + 1)
 
 /* The tranches of one pool, locked, in the order in which they burn. */
 typedef struct Pool
 {
 	PoolLock	lock;
+	bool		skip_locked;	/* passes over what others have locked */
 	text	   *account;
 	text	   *credit;			/* of POOL_BY_RESERVATION, set by the caller later */
 	int64		reservation_id; /* for POOL_BY_RESERVATION */
 	ArrayType  *closed_ids;		/* for POOL_WITH_CLOSED */
-	TimestampTz now;
 
+	TimestampTz now;			/* when the locks were there */
 	bool		may_be_frozen;	/* a freeze concerns the account */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
 	Numeric		available;
@@ -70,8 +77,13 @@ typedef struct Pool
 } Pool;
 
 extern void pool_lock(Pool *pool);
+extern void pool_look_again(Pool *pool);
+extern int	pool_count_open(const Pool *pool);
+extern bool pool_is_whole(const Pool *pool);
 extern bool pool_is_frozen(const Pool *pool);
+extern bool tranche_is_open(const Tranche *tranche);
 extern Tranche *pool_find(const Pool *pool, int64 tranche_id);
+extern Tranche *pool_get(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at);
 extern void pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount);
 extern void pool_take(Pool *pool, Numeric amount, Bucket to);

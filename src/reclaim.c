@@ -12,24 +12,24 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/resowner.h"
 #include "utils/timestamp.h"
 
 #include "clock.h"
+#include "errors.h"
 #include "hold.h"
 #include "ledger.h"
 #include "reclaim.h"
 #include "statement.h"
 
-/* How many holds a call gives back on its way, while it is not short. */
-#define LAPSED_BATCH	100
-
-/* How many holds or tranches a sweep looks for at a time. */
-#define SWEEP_BATCH		1000
+/* How many holds are given back at a time, and by a call that is not short. */
+#define BATCH	1000
 
 static const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
 static const EntryKind kind_expire_tranche = {.name = "expire", .bucket = EXPIRED};
@@ -58,11 +58,7 @@ static Statement expired_pools_statement = {
 static int
 give_back(Pool *pool, int limit)
 {
-	const Request request = {
-		.kind = &kind_expire_hold,
-		.now = pool->now,
-		.account = pool->account
-	};
+	const Request request = {.kind = &kind_expire_hold, .account = pool->account};
 	Hold	   *holds;
 	int			n = hold_find_lapsed(pool, limit, &holds);
 	int			given = 0;
@@ -72,6 +68,7 @@ give_back(Pool *pool, int limit)
 	{
 		Hold	   *hold = &holds[i];
 
+		CHECK_FOR_INTERRUPTS();
 		if (!hold_is_locked(pool, hold))
 			continue;
 		hold_release(pool, hold, amount_zero());
@@ -87,20 +84,34 @@ give_back(Pool *pool, int limit)
 		if (pool->tranche[i]->hold_expires_at <= pool->now)
 			pool->tranche[i]->hold_expires_at = next_expiry;
 	}
-	pool->may_have_lapsed = next_expiry <= pool->now;
 	ledger_save(pool);
 	return given;
+}
+
+/*
+ * Gives back a batch and reads the pool again; returns whether that changed
+ * anything. What a batch needs of memory goes with its own SPI connection.
+ */
+static bool
+give_back_batch(Pool *pool)
+{
+	Pool		batch = *pool;
+	int			given;
+
+	statement_begin();
+	pool_look_again(&batch);
+	given = give_back(&batch, BATCH);
+	SPI_finish();
+
+	pool_look_again(pool);
+	return given > 0;
 }
 
 /* Writes off what remains of the pool's expired tranches; returns whether any did. */
 static bool
 write_off(Pool *pool)
 {
-	const Request request = {
-		.kind = &kind_expire_tranche,
-		.now = pool->now,
-		.account = pool->account
-	};
+	const Request request = {.kind = &kind_expire_tranche, .account = pool->account};
 	int64		reservation_id = NO_RESERVATION;
 	bool		any = false;
 
@@ -121,18 +132,18 @@ write_off(Pool *pool)
 /*
  * reclaim_lapsed
  *		Gives back expired holds of a locked pool, so that its available is
- *		exact; after a long time without a sweep, the first of them.
+ *		exact; after a long time without a sweep, the first thousand.
  */
 void
 reclaim_lapsed(Pool *pool)
 {
 	if (pool->may_have_lapsed)
-		give_back(pool, LAPSED_BATCH);
+		give_back_batch(pool);
 }
 
 /*
  * reclaim_lock
- *		Locks a pool, see pool_lock(), and gives its expired holds back.
+ *		Locks a pool, see pool_lock(), and does reclaim_lapsed().
  */
 void
 reclaim_lock(Pool *pool)
@@ -153,26 +164,98 @@ reclaim_cover(Pool *pool, Numeric amount)
 	if (amount_compare(pool->available, amount) >= 0)
 		return true;
 
-	pool_lock(pool);
+	pool_look_again(pool);
 	while (amount_compare(pool->available, amount) < 0 && pool->may_have_lapsed)
 	{
-		if (give_back(pool, LAPSED_BATCH) == 0)
+		if (!give_back_batch(pool))
 			break;
 	}
 	return amount_compare(pool->available, amount) >= 0;
 }
 
 /*
+ * Sweeps one pool: gives back at most limit holds, adding to *given, and writes
+ * off what has expired. Returns whether there was anything that it could do.
+ */
+static bool
+sweep_pool(text *account, text *credit, int limit, int64 *given)
+{
+	Pool		pool = {
+		.lock = POOL_BY_CREDIT,
+		.skip_locked = true,
+		.account = account,
+		.credit = credit
+	};
+	int			holds = 0;
+	bool		written_off = false;
+
+	statement_begin();
+	pool_lock(&pool);
+	if (pool_is_whole(&pool))
+	{
+		if (pool.may_have_lapsed)
+			holds = give_back(&pool, limit);
+		written_off = write_off(&pool);
+	}
+	SPI_finish();
+
+	*given += holds;
+	return holds > 0 || written_off;
+}
+
+/*
+ * Sweeps one pool, and warns instead of failing where its books do not balance:
+ * the other pools must not wait for an operator.
+ */
+static bool
+sweep_pool_safely(text *account, text *credit, int limit, int64 *given)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	volatile bool any = false;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		any = sweep_pool(account, credit, limit, given);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(context);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+		if (error->sqlerrcode != ERRCODE_LEASE_BOOKS)
+			ReThrowError(error);
+		ereport(WARNING,
+				(errcode(error->sqlerrcode),
+				 errmsg("credit \"%s\" of account \"%s\" was not swept: %s",
+						text_to_cstring(credit), text_to_cstring(account), error->message)));
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	return any;
+}
+
+/*
  * lease_reclaim(max_rows)
  *		Gives back the expired holds of every pool, at most max_rows, and
- *		writes expired tranches off; returns the number of holds.
+ *		writes expired tranches off; returns the number of holds. Pools that
+ *		others have locked, or whose books do not balance, are left out.
  */
 PG_FUNCTION_INFO_V1(lease_reclaim);
 Datum
 lease_reclaim(PG_FUNCTION_ARGS)
 {
 	TimestampTz now = clock_now();
-	int64		left = PG_INT64_MAX;
+	int64		most = PG_INT64_MAX;
 	int64		given = 0;
 	MemoryContext context = CurrentMemoryContext;
 	ArrayBuildState *accounts = initArrayResult(TEXTOID, context, false);
@@ -181,8 +264,8 @@ lease_reclaim(PG_FUNCTION_ARGS)
 
 	if (!PG_ARGISNULL(0))
 	{
-		left = PG_GETARG_INT32(0);
-		if (left <= 0)
+		most = PG_GETARG_INT32(0);
+		if (most <= 0)
 			ereport(ERROR,
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("max_rows must be positive")));
@@ -192,51 +275,32 @@ lease_reclaim(PG_FUNCTION_ARGS)
 	do
 	{
 		Parameters	parameters = {0};
-		Datum	   *account;
-		Datum	   *credit;
-		bool		isnull;
+		SPITupleTable *pools;
 
 		statement_begin();
 		parameter_add(&parameters, TimestampTzGetDatum(now));
-		parameter_add(&parameters, Int32GetDatum(Min(left, SWEEP_BATCH)));
+		parameter_add(&parameters, Int32GetDatum(Min(most - given, BATCH)));
 		parameter_add(&parameters, makeArrayResult(accounts, CurrentMemoryContext));
 		parameter_add(&parameters, makeArrayResult(credits, CurrentMemoryContext));
 		npools = (int) statement_execute(&expired_pools_statement, &parameters);
+		pools = SPI_tuptable;
 
-		account = palloc(sizeof(Datum) * npools);
-		credit = palloc(sizeof(Datum) * npools);
-		for (int i = 0; i < npools; i++)
+		for (int i = 0; i < npools && given < most; i++)
 		{
-			account[i] = statement_value(i, 1, &isnull);
-			credit[i] = statement_value(i, 2, &isnull);
-		}
-
-		for (int i = 0; i < npools && left > 0; i++)
-		{
-			Pool		pool = {
-				.lock = POOL_SKIP_LOCKED,
-				.account = DatumGetTextPP(account[i]),
-				.credit = DatumGetTextPP(credit[i]),
-				.now = now
-			};
-			int			holds = 0;
-			bool		tranches;
+			bool		isnull;
+			Datum		account = SPI_getbinval(pools->vals[i], pools->tupdesc, 1, &isnull);
+			Datum		credit = SPI_getbinval(pools->vals[i], pools->tupdesc, 2, &isnull);
 
 			CHECK_FOR_INTERRUPTS();
-			pool_lock(&pool);
-			if (pool.may_have_lapsed)
-				holds = give_back(&pool, (int) Min(left, SWEEP_BATCH));
-			tranches = write_off(&pool);
-			if (holds == 0 && !tranches)
+			if (!sweep_pool_safely(DatumGetTextPP(account), DatumGetTextPP(credit),
+								   (int) Min(most - given, BATCH), &given))
 			{
-				accumArrayResult(accounts, account[i], false, TEXTOID, context);
-				accumArrayResult(credits, credit[i], false, TEXTOID, context);
+				accumArrayResult(accounts, account, false, TEXTOID, context);
+				accumArrayResult(credits, credit, false, TEXTOID, context);
 			}
-			given += holds;
-			left -= holds;
 		}
 		SPI_finish();
-	} while (npools > 0 && left > 0);
+	} while (npools > 0 && given < most);
 
 	PG_RETURN_INT64(given);
 }

@@ -31,7 +31,7 @@ static Statement first_statement = {
 	.sql = "SELECT l.kind, l.credit, l.request, l.metadata, l.entry_id, l.tranche_id,"
 	" coalesce(l.reservation_id, 0), l.available,"
 	" l.amount + CASE WHEN l.parts IS NULL THEN 0 ELSE"
-	" (SELECT sum(p.amount) FROM (SELECT s.amount FROM credit_lease.ledger s"
+	" (SELECT CASE WHEN count(*) = l.parts - 1 THEN sum(p.amount) END FROM (SELECT s.amount FROM credit_lease.ledger s"
 	"  WHERE s.account = $1 AND s.entry_id > l.entry_id AND s.first_entry_id = l.entry_id"
 	"  ORDER BY s.entry_id LIMIT l.parts - 1) p) END"
 	" FROM credit_lease.ledger l WHERE l.account = $1 AND l.idempotency_key = $2",
@@ -148,7 +148,7 @@ request_end_arguments(Request *request)
 		request->arguments = JsonbValueToJsonb(pushJsonbValue(&request->state, WJB_END_OBJECT, NULL));
 }
 
-static void
+pg_noreturn static void
 key_reused(const Request *request, const char *field)
 {
 	ereport(ERROR,
@@ -157,6 +157,15 @@ key_reused(const Request *request, const char *field)
 					text_to_cstring(request->key), text_to_cstring(request->account)),
 			 errdetail("The two requests differ in \"%s\".", field),
 			 errhint("A key stands for one request, for ever.")));
+}
+
+/* Raises LC009: an entry that must be there is not. */
+pg_noreturn static void
+incomplete(const Request *request)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_BOOKS),
+			 errmsg("the ledger of account \"%s\" lacks an entry", text_to_cstring(request->account))));
 }
 
 static bool
@@ -212,10 +221,7 @@ request_find_first(const Request *request, bool taken, FirstCall *first)
 	if (request->key == NULL || statement_execute(&first_statement, &parameters) == 0)
 	{
 		if (taken)
-			ereport(ERROR,
-					(errcode(ERRCODE_LEASE_BOOKS),
-					 errmsg("the ledger did not accept an entry of account \"%s\"",
-							text_to_cstring(request->account))));
+			incomplete(request);
 		return false;
 	}
 
@@ -227,7 +233,10 @@ request_find_first(const Request *request, bool taken, FirstCall *first)
 		strcmp(TextDatumGetCString(value), text_to_cstring(request->credit)) != 0)
 		key_reused(request, "credit");
 
-	first->amount = DatumGetNumeric(statement_value(0, 9, &isnull));
+	value = statement_value(0, 9, &isnull);
+	if (isnull)
+		incomplete(request);
+	first->amount = DatumGetNumeric(value);
 	if (request->amount && amount_compare(request->amount, first->amount) != 0)
 		key_reused(request, "amount");
 

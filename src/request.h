@@ -26,7 +26,6 @@ typedef struct EntryKind
 typedef struct Request
 {
 	const EntryKind *kind;
-	TimestampTz now;
 	text	   *account;
 	text	   *credit;			/* NULL where it is no argument */
 	text	   *key;			/* NULL for none */

@@ -10,6 +10,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
@@ -75,7 +76,7 @@ expiry(const Pool *pool, const Interval *ttl)
 	return instant_add(pool->now, ttl);
 }
 
-static void
+pg_noreturn static void
 no_such_reservation(text *account, int64 reservation_id)
 {
 	ereport(ERROR,
@@ -84,10 +85,16 @@ no_such_reservation(text *account, int64 reservation_id)
 					text_to_cstring(account), reservation_id)));
 }
 
-/* Raises what a hold that is no more is answered with: LC004 or LC005. */
-static void
-has_ended(const Hold *hold)
+/*
+ * Raises what a hold that is no more is answered with: LC004 or LC005. Above
+ * READ COMMITTED it may have been renewed since; then locking it is 40001.
+ */
+pg_noreturn static void
+has_ended(const Pool *pool, const Hold *hold)
 {
+	if (IsolationUsesXactSnapshot())
+		hold_lock(pool, hold);
+
 	if (hold->status == HOLD_HELD || hold->status == HOLD_EXPIRED)
 		ereport(ERROR,
 				(errcode(ERRCODE_LEASE_EXPIRED),
@@ -147,11 +154,10 @@ reserve(FunctionCallInfo fcinfo, bool try)
 	Datum		values[6];
 	bool		nulls[6] = {false};
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	request.credit = pool.credit = argument_text(fcinfo, 1, "credit");
 	amount = argument_amount(fcinfo, 2, "amount", AMOUNT_POSITIVE);
-	ttl = argument_optional_ttl(fcinfo, 3, "ttl", pool.now);
+	ttl = argument_optional_ttl(fcinfo, 3, "ttl", clock_now());
 	request.key = argument_optional_text(fcinfo, 4, "idempotency_key");
 	min_amount = argument_optional_amount(fcinfo, 5, "min_amount", AMOUNT_POSITIVE);
 	least = min_amount ? min_amount : amount;
@@ -189,7 +195,7 @@ reserve(FunctionCallInfo fcinfo, bool try)
 		if (!hold_find(pool.account, first.reservation_id, &hold))
 			no_such_reservation(pool.account, first.reservation_id);
 		if (!is_alive(&pool, &hold))
-			has_ended(&hold);
+			has_ended(&pool, &hold);
 		hold.amount = first.amount;
 	}
 
@@ -266,7 +272,6 @@ lease_settle(PG_FUNCTION_ARGS)
 	Datum		values[7];
 	bool		nulls[7] = {false};
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	pool.reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	amount = argument_optional_amount(fcinfo, 2, "amount", AMOUNT_NOT_NEGATIVE);
@@ -288,10 +293,15 @@ lease_settle(PG_FUNCTION_ARGS)
 		parameter_add_pointer(&parameters, pool.account);
 		parameter_add(&parameters, Int64GetDatum(hold.end_entry_id));
 		parameter_add_pointer(&parameters, request.metadata);
+		if (!hold.consumed || !hold.refunded || !hold.shortfall || !hold.overage)
+			ereport(ERROR,
+					(errcode(ERRCODE_LEASE_BOOKS),
+					 errmsg("reservation " INT64_FORMAT " does not say how it was settled",
+							hold.reservation_id)));
 		if (amount_compare(amount, amount_add(hold.consumed, hold.shortfall)) != 0 ||
 			strcmp(text_to_cstring(hold.overage), overage_word[overage]) != 0 ||
 			statement_execute(&settled_statement, &parameters) == 0)
-			has_ended(&hold);
+			has_ended(&pool, &hold);
 		available = DatumGetNumeric(statement_value(0, 1, &isnull));
 	}
 	else
@@ -300,7 +310,7 @@ lease_settle(PG_FUNCTION_ARGS)
 		Numeric		excess = amount_subtract(amount, spent);
 
 		if (!is_alive(&pool, &hold))
-			has_ended(&hold);
+			has_ended(&pool, &hold);
 		if (overage == OVERAGE_REFUSE && amount_sign(excess) > 0)
 			ereport(ERROR,
 					(errcode(ERRCODE_LEASE_INSUFFICIENT_CREDIT),
@@ -346,12 +356,13 @@ lease_cancel(PG_FUNCTION_ARGS)
 	Hold		hold;
 	bool		given_back;
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	pool.reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	statement_begin();
 
 	lock_hold(&pool, &hold);
+	if (is_alive(&pool, &hold))
+		reclaim_lapsed(&pool);
 	if (hold.status == HOLD_HELD)
 	{
 		bool		alive = is_alive(&pool, &hold);
@@ -386,16 +397,15 @@ lease_renew(PG_FUNCTION_ARGS)
 	Datum		values[3];
 	bool		nulls[3] = {false};
 
-	request.now = pool.now = clock_now();
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
 	pool.reservation_id = argument_id(fcinfo, 1, "reservation_id");
-	ttl = argument_optional_ttl(fcinfo, 2, "ttl", pool.now);
+	ttl = argument_optional_ttl(fcinfo, 2, "ttl", clock_now());
 	added = argument_amount(fcinfo, 3, "add_amount", AMOUNT_NOT_NEGATIVE);
 	caller = statement_begin();
 
 	lock_hold(&pool, &hold);
 	if (!is_alive(&pool, &hold))
-		has_ended(&hold);
+		has_ended(&pool, &hold);
 	reclaim_lapsed(&pool);
 	if (!reclaim_cover(&pool, added) || pool_is_frozen(&pool))
 		pool_refuse(&pool, added);
