@@ -5,8 +5,9 @@
  * pool_lock() locks the open tranches of a pool in the order of position, and
  * copies them; pool_move() and its friends change the copies; ledger.c writes
  * what changed. Whatever opens goes to the end of that order, so that who has
- * locked a pool before never has to wait for something in front. Locks are
- * held until the end of the transaction. A row that a concurrent transaction has changed since the
+ * locked a pool before does not have to wait for something in front; only a
+ * refund to a tranche that is closed may. Locks are held until the end of the
+ * transaction. A row that a concurrent transaction has changed since the
  * snapshot is read again at READ COMMITTED and is 40001 above it (rule 1).
  *
  * Tranches that came in while a call waited are not in its snapshot, but the
@@ -216,7 +217,7 @@ compare_burn_order(const void *a, const void *b)
 	return x->tranche_id < y->tranche_id ? -1 : 1;
 }
 
-/* Locks and reads the tranches, and takes the time when that is done. */
+/* Locks and reads the tranches, and takes the time when that is done at first. */
 static void
 read_pool(Pool *pool, Statement *statement)
 {
@@ -232,7 +233,9 @@ read_pool(Pool *pool, Statement *statement)
 		parameter_add_pointer(&parameters, pool->closed_ids);
 
 	pool->ntranches = (int) statement_execute(&statement[pool->lock], &parameters);
-	pool->now = clock_now();
+	/* one instant for the whole call: by a later one, its own hold might expire */
+	if (pool->now == 0)
+		pool->now = clock_now();
 	/* one to spare, for pool_add() */
 	pool->tranche = palloc(sizeof(Tranche *) * (pool->ntranches + 1));
 	pool->may_be_frozen = pool->ntranches == 0;

@@ -67,7 +67,7 @@ typedef struct Pool
 	int64		reservation_id; /* for POOL_BY_RESERVATION */
 	ArrayType  *closed_ids;		/* for POOL_WITH_CLOSED */
 
-	TimestampTz now;			/* when the locks were there */
+	TimestampTz now;			/* when the first locks were there */
 	bool		may_be_frozen;	/* a freeze concerns the account */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
 	Numeric		available;
