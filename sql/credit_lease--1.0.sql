@@ -48,7 +48,6 @@ CREATE TABLE credit_lease.tranche (
 	hold_expires_at timestamptz,
 	open boolean NOT NULL,
 	open_tranches integer NOT NULL,
-	position bigint NOT NULL,
 	granted numeric NOT NULL DEFAULT 0,
 	chunked numeric NOT NULL DEFAULT 0,
 	reserved numeric NOT NULL DEFAULT 0,
@@ -61,7 +60,7 @@ CREATE TABLE credit_lease.tranche (
 ) WITH (fillfactor = 70);	-- room for HOT updates
 ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche_id;
 -- Neither index holds a column that a spend changes, so that spends stay HOT.
-CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, position) WHERE open;
+CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, tranche_id) WHERE open;
 CREATE INDEX tranche_expiry ON credit_lease.tranche (expires_at) WHERE open;
 
 COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: granted = remaining + reserved + chunked + consumed + expired + returned + revoked';
@@ -72,7 +71,6 @@ COMMENT ON COLUMN credit_lease.tranche.frozen IS 'the pool was frozen while this
 COMMENT ON COLUMN credit_lease.tranche.hold_expires_at IS 'none of its holds expires earlier; NULL when it never had one';
 COMMENT ON COLUMN credit_lease.tranche.open IS 'something is left, held or carved out; only open tranches are read by calls';
 COMMENT ON COLUMN credit_lease.tranche.open_tranches IS 'how many tranches of the pool are open; a call that reads another number looks again, for what came in while it waited';
-COMMENT ON COLUMN credit_lease.tranche.position IS 'the place in the order in which calls lock; drawn anew when a refund opens the tranche again';
 COMMENT ON COLUMN credit_lease.tranche.remaining IS 'can be spent or held, until expires_at';
 COMMENT ON COLUMN credit_lease.tranche.reserved IS 'in holds';
 COMMENT ON COLUMN credit_lease.tranche.chunked IS 'carved out for owners';

@@ -8,7 +8,7 @@
  * for the tranche look again when it goes on, and makes one at REPEATABLE READ
  * fail with 40001. Credit that comes in meanwhile needs no mark.
  *
- * Locks: the tranches of the pools, by credit and position, then the row of
+ * Locks: the tranches of the pools, by credit and tranche_id, then the row of
  * frozen_pool.
  */
 #include "postgres.h"
@@ -27,7 +27,7 @@
 static Statement lock_statement = {
 	.sql = "SELECT FROM credit_lease.tranche t"
 	" WHERE t.account = $1 AND ($2 IS NULL OR t.credit = $2) AND (t.open OR t.frozen)"
-	" ORDER BY t.credit, t.position FOR NO KEY UPDATE",
+	" ORDER BY t.credit, t.tranche_id FOR NO KEY UPDATE",
 	.nargs = 2,
 	.argtypes = {TEXTOID, TEXTOID}
 };

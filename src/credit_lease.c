@@ -14,7 +14,7 @@
  *	amount.c, clock.c
  *				exact amounts, and the time
  *
- * Lock order, within one call: the tranche rows of a pool by position, then
+ * Lock order, within one call: the tranche rows of a pool by tranche_id, then
  * its reservation rows, then the unique index of the ledger's keys. Whoever
  * sweeps several pools (reclaim.c) never waits for a row.
  */

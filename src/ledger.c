@@ -46,33 +46,29 @@ static Statement append_new_reservation_statement =
 APPEND("$8", "pg_catalog.nextval('credit_lease.reservation_id_seq')");
 
 #define STATE_TYPES \
-	BOOLOID, INT4OID, INT8OID, TIMESTAMPTZOID, \
+	BOOLOID, INT4OID, TIMESTAMPTZOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
 
 static Statement change_statement = {
-	.sql = "UPDATE credit_lease.tranche t SET open = $3, open_tranches = $4, position = $5,"
-	" hold_expires_at = $6, granted = $7, chunked = $8, reserved = $9, remaining = $10,"
-	" consumed = $11, expired = $12, returned = $13, revoked = $14"
+	.sql = "UPDATE credit_lease.tranche t SET open = $3, open_tranches = $4, hold_expires_at = $5,"
+	" granted = $6, chunked = $7, reserved = $8, remaining = $9,"
+	" consumed = $10, expired = $11, returned = $12, revoked = $13"
 	" WHERE t.account = $1 AND t.ctid = $2 RETURNING t.ctid",
-	.nargs = 14,
+	.nargs = 13,
 	.argtypes = {TEXTOID, TIDOID, STATE_TYPES}
 };
 
 static Statement create_statement = {
 	.sql = "INSERT INTO credit_lease.tranche (account, credit, tranche_id,"
-	" open, open_tranches, position, hold_expires_at,"
+	" open, open_tranches, hold_expires_at,"
 	" granted, chunked, reserved, remaining, consumed, expired, returned, revoked,"
 	" kind, priority, expires_at, created_at)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, 'grant', $16, $17, $18)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'grant', $15, $16, $17)"
 	" RETURNING ctid",
-	.nargs = 18,
+	.nargs = 17,
 	.argtypes = {TEXTOID, TEXTOID, INT8OID, STATE_TYPES,
 	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
-};
-
-static Statement position_statement = {
-	.sql = "SELECT pg_catalog.nextval('credit_lease.tranche_id_seq')"
 };
 
 /* Returns what the ledger does not know yet of a term's change, NULL for none. */
@@ -165,7 +161,6 @@ add_state(Parameters *parameters, const Tranche *tranche, int open_tranches)
 {
 	parameter_add(parameters, BoolGetDatum(tranche_is_open(tranche)));
 	parameter_add(parameters, Int32GetDatum(open_tranches));
-	parameter_add(parameters, Int64GetDatum(tranche->position));
 	add_instant(parameters, tranche->hold_expires_at);
 	for (int b = 0; b < BUCKETS; b++)
 		parameter_add_pointer(parameters, tranche->balance[b]);
@@ -227,16 +222,6 @@ ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 	return first_entry_id;
 }
 
-static int64
-draw_position(void)
-{
-	Parameters	parameters = {0};
-	bool		isnull;
-
-	statement_execute(&position_statement, &parameters);
-	return DatumGetInt64(statement_value(0, 1, &isnull));
-}
-
 /*
  * ledger_save
  *		Writes the tranches that have changed since they were read or saved,
@@ -260,11 +245,6 @@ ledger_save(Pool *pool)
 			tranche->hold_expires_at == tranche->stored_hold_expires_at &&
 			(tranche->stored_open_tranches == open_tranches || !tranche_is_open(tranche)))
 			continue;
-
-		if (tranche->is_new)
-			tranche->position = tranche->tranche_id;
-		else if (tranche->position == NEW_POSITION)
-			tranche->position = draw_position();
 
 		parameter_add_pointer(&parameters, pool->account);
 		if (tranche->is_new)

@@ -2,18 +2,17 @@
  * pool.c
  *		The tranches of one pool: locking, checking and moving amounts.
  *
- * pool_lock() locks the open tranches of a pool in the order of position, and
- * copies them; pool_move() and its friends change the copies; ledger.c writes
- * what changed. Whatever opens goes to the end of that order, so that who has
- * locked a pool before does not have to wait for something in front; only a
- * refund to a tranche that is closed may. Locks are held until the end of the
- * transaction. A row that a concurrent transaction has changed since the
+ * pool_lock() locks the open tranches of a pool in the order of tranche_id,
+ * the same for everyone, and copies them; pool_move() and its friends change
+ * the copies; ledger.c writes what changed. Locks are held until the end of
+ * the transaction. A row that a concurrent transaction has changed since the
  * snapshot is read again at READ COMMITTED and is 40001 above it (rule 1).
  *
  * Tranches that came in while a call waited are not in its snapshot, but the
  * others say how many there are. The call then looks again, without waiting:
- * it has its locks by then, and who has locked what came in may be waiting for
- * them. What a transaction in progress has locked does not count.
+ * a refund may have opened one that comes before those it has locked, and who
+ * has that may be waiting for them. What a transaction in progress has locked
+ * does not count.
  *
  * Every row is proved when it is read and every move when it is made: a
  * negative or unbalanced amount is LC009 (rule 3).
@@ -40,7 +39,7 @@
 	"SELECT t.ctid, t, t.frozen OR EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)" \
 	" FROM credit_lease.tranche t" \
 	" WHERE t.account = $1 AND t.credit = " credit " AND " open \
-	" ORDER BY t.position FOR NO KEY UPDATE" wait
+	" ORDER BY t.tranche_id FOR NO KEY UPDATE" wait
 
 /* The columns of credit_lease.tranche, as its script orders them. */
 enum
@@ -59,7 +58,6 @@ enum
 	COLUMN_HOLD_EXPIRES_AT,
 	COLUMN_OPEN,
 	COLUMN_OPEN_TRANCHES,
-	COLUMN_POSITION,
 	COLUMN_BALANCE,
 	COLUMNS = COLUMN_BALANCE + BUCKETS
 };
@@ -192,9 +190,6 @@ read_tranche(const Pool *pool, uint64 row)
 		DatumGetTimestampTz(value[COLUMN_HOLD_EXPIRES_AT]);
 	tranche->stored_hold_expires_at = tranche->hold_expires_at;
 	tranche->stored_open_tranches = DatumGetInt32(value[COLUMN_OPEN_TRANCHES]);
-	tranche->position = DatumGetInt64(value[COLUMN_POSITION]);
-	if (!DatumGetBool(value[COLUMN_OPEN]))
-		tranche->position = NEW_POSITION;
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = DatumGetNumeric(value[COLUMN_BALANCE + i]);
 	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));

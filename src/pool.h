@@ -23,8 +23,6 @@ typedef enum Bucket
 
 #define BUCKETS	(REVOKED + 1)
 
-#define NEW_POSITION	INT64CONST(0)
-
 /*
  * A locked tranche. An amount that did not change is the same pointer in all
  * three arrays.
@@ -37,7 +35,6 @@ typedef struct Tranche
 	TimestampTz hold_expires_at;	/* none of its holds expires earlier */
 	TimestampTz stored_hold_expires_at;
 	int32		stored_open_tranches;
-	int64		position;		/* NEW_POSITION if it is to be opened */
 	ItemPointerData tid;		/* of the row */
 	bool		alive;			/* by the clock of the call */
 	bool		is_new;			/* not in the table yet */

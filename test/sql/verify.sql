@@ -107,8 +107,8 @@ SELECT * FROM pg_temp.findings($$ UPDATE tranche SET hold_expires_at = '2030-01-
 
 -- A tranche that has gone, and one that nobody granted.
 SELECT * FROM pg_temp.findings('DELETE FROM tranche WHERE tranche_id = EXPIRED');
-SELECT * FROM pg_temp.findings($$ INSERT INTO tranche (account, credit, kind, priority, created_at, open, open_tranches, position, granted, remaining)
-	VALUES ('verify:1', 'tokens', 'grant', 100, now(), true, 1, 0, 5, 5) $$);
+SELECT * FROM pg_temp.findings($$ INSERT INTO tranche (account, credit, kind, priority, created_at, open, open_tranches, granted, remaining)
+	VALUES ('verify:1', 'tokens', 'grant', 100, now(), true, 1, 5, 5) $$);
 
 --
 -- The holds (rule 4): the parts are what is held, and the entries say how each

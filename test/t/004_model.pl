@@ -1,0 +1,931 @@
+# A random sequence of calls, each answer and each balance compared with those
+# of a plain model (test/perl/LeaseModel.pm): whatever the functions keep for
+# speed, they must do what the contract says.
+#
+# CREDIT_LEASE_MODEL_STEPS	how many steps, 4000 by default
+# CREDIT_LEASE_MODEL_SEED	repeats a run that failed; the same steps need the
+#							same number of them or fewer
+
+use strict;
+use warnings;
+
+use List::Util qw(first max min sum0);
+use POSIX qw(strftime);
+use Test::More;
+use Time::Local qw(timegm);
+
+use PostgreSQL::Test::Utils;
+use LeaseModel;
+use LeaseTest;
+
+my $steps = $ENV{CREDIT_LEASE_MODEL_STEPS} || 4000;
+my $seed = $ENV{CREDIT_LEASE_MODEL_SEED} // int(rand(2**31));
+
+# Steps with the same accounts; then others, with amounts of another size.
+my $steps_of_epoch = 400;
+my $steps_between_verify = 100;
+
+# Microseconds count from here.
+my $epoch_start = 1_900_000_000;
+my $second = 1_000_000;
+
+my @credits = ('tokens', 'gpu seconds');
+my %metadata = (
+	a => [ q('{"a": 1}'), q('{"a":1.0}') ],
+	b => [ q('{"a": 2, "b": [1, null]}'), q('{"b":[1,null], "a":2}') ],
+	nothing => [q('null')]);
+
+# Arguments in the contract's order, and the types of the result's columns:
+# amount, id, boolean, instant.
+my %function = (
+	topup => [ [qw(account credit amount key expires_at priority metadata)], 'iiaab' ],
+	adjust => [ [qw(account credit amount reason key metadata)], 'iaab' ],
+	refund => [ [qw(account entry_id amount reason key)], 'iaab' ],
+	consume => [ [qw(account credit amount key metadata)], 'biaab' ],
+	try_consume => [ [qw(account credit amount key metadata)], 'biaab' ],
+	reserve => [ [qw(account credit amount ttl key min_amount metadata)], 'biaatb' ],
+	try_reserve => [ [qw(account credit amount ttl key min_amount metadata)], 'biaatb' ],
+	settle => [ [qw(account reservation_id amount overage metadata)], 'iaaaaab' ],
+	cancel => [ [qw(account reservation_id)], 'b' ],
+	renew => [ [qw(account reservation_id ttl add_amount)], 'iat' ],
+	freeze => [ [qw(account credit reason)], 'b' ],
+	unfreeze => [ [qw(account credit)], 'b' ]);
+my %type_of = (
+	(map { $_ => 'a' } qw(amount min_amount add_amount)),
+	(map { $_ => 'i' } qw(entry_id reservation_id priority)),
+	(map { $_ => 'text' } qw(account credit key reason overage)),
+	expires_at => 't',
+	ttl => 'interval',
+	metadata => 'metadata');
+
+# Which of them come how often.
+my %weight = (
+	topup => 9, adjust => 7, refund => 9, consume => 9, try_consume => 7, reserve => 11, try_reserve => 7,
+	settle => 12, cancel => 4, renew => 8, freeze => 2, unfreeze => 4,
+	again => 12, bad => 3, clock => 6, reclaim => 3, begin => 4, look => 1);
+
+srand($seed);
+my $node = lease_cluster('model');
+my $session = LeaseTest::Session->new($node);
+my $world = LeaseModel->new(now => 0);
+my @nested;			# worlds to go back to, one for each BEGIN and SAVEPOINT
+my $transaction_left = 0;
+my ($exponent, @accounts, @made, $key_number);
+my $next_epoch = 1;
+my @hot;			# an account, and a hold in it, on which the clock has just moved
+my @log;			# the last calls
+my %seen;			# what happened how often
+
+# ---------------------------------------------------------------------------
+# Between the model's integers and SQL
+# ---------------------------------------------------------------------------
+
+# In the model an amount is an integer; in SQL it is that, times ten to the
+# epoch's exponent.
+sub amount_text
+{
+	my ($amount, $spelling) = @_;
+	my $sign = $amount < 0 ? '-' : '';
+	my $digits = abs($amount);
+
+	return $sign . $digits . '0' x $exponent if $exponent >= 0;
+
+	$digits = '0' x (1 - $exponent - length $digits) . $digits if length $digits <= -$exponent;
+	$digits = substr($digits, 0, $exponent) . '.' . substr($digits, $exponent);
+	$digits =~ s/\.?0+$// if !$spelling;
+	return $sign . $digits;
+}
+
+sub amount_parse
+{
+	my ($text) = @_;
+
+	my ($sign, $whole, $fraction) = $text =~ /^(-?)(\d+)(?:\.(\d+))?$/ or return "no amount: $text";
+	($fraction //= '') =~ s/0+$//;
+	if ($exponent < 0)
+	{
+		return "too fine: $text" if length $fraction > -$exponent;
+		$whole .= $fraction . '0' x (-$exponent - length $fraction);
+	}
+	elsif ($fraction ne '' || ($whole ne '0' && $whole !~ s/0{$exponent}$//))
+	{
+		return "too fine: $text";
+	}
+	$whole =~ s/^0+(?=\d)//;
+	return "too big: $text" if length $whole > 18;
+	return $sign ? -$whole : $whole + 0;
+}
+
+sub instant_text
+{
+	my ($instant) = @_;
+	my $seconds = int($instant / $second);
+
+	return strftime('%Y-%m-%d %H:%M:%S', gmtime($epoch_start + $seconds))
+	  . sprintf('.%06d+00', $instant - $seconds * $second);
+}
+
+sub instant_parse
+{
+	my ($text) = @_;
+
+	my ($year, $month, $day, $hour, $minute, $seconds, $fraction) =
+	  $text =~ /^(\d+)-(\d+)-(\d+) (\d+):(\d+):(\d+)(?:\.(\d+))?\+00$/ or return "no instant: $text";
+	return (timegm($seconds, $minute, $hour, $day, $month - 1, $year) - $epoch_start) * $second
+	  + substr(($fraction // '') . '000000', 0, 6);
+}
+
+# In SQL: the model's number for an instant.
+sub instant_sql
+{
+	my ($expression) = @_;
+
+	return "((extract(epoch FROM $expression) - $epoch_start) * $second)::bigint";
+}
+
+sub argument_text
+{
+	my ($name, $value, $spelling) = @_;
+	my $type = $type_of{$name};
+
+	return 'NULL' if !defined $value;
+	return $value if $type eq 'i';
+	return amount_text($value, $spelling) if $type eq 'a';
+	return quoted($value) if $type eq 'text';
+	return quoted(instant_text($value)) if $type eq 't';
+	return quoted($spelling ? "$value us" : sprintf('%.6f seconds', $value / $second)) if $type eq 'interval';
+	return $metadata{$value}[ $spelling % @{ $metadata{$value} } ];
+}
+
+# The SQL of a call; arguments are left out now and then where NULL, or their
+# default, is meant.
+sub call_text
+{
+	my ($call) = @_;
+	my ($arguments, $columns) = @{ $function{ $call->{function} } };
+	my $spelling = $call->{spelling};
+	my %given = %{ $call->{given} // {} };
+	my @texts;
+
+	for my $name (@$arguments)
+	{
+		my $text = $given{$name} // argument_text($name, $call->{$name}, $spelling);
+
+		next if $text eq 'NULL' && ($spelling || $name eq 'overage' || $name eq 'add_amount') && !$given{$name};
+		push @texts, ($name eq 'key' ? 'idempotency_key' : $name) . " => $text";
+	}
+	my $list = join ', ', @texts;
+	return "SELECT " . ($columns eq 'b' ? 'r' : 'r.*') . " FROM lease_$call->{function}($list) AS r";
+}
+
+# The columns of an answer as the model has them.
+sub parse_row
+{
+	my ($text, $columns) = @_;
+	my @values = split /\|/, $text, -1;
+	my @types = split //, $columns;
+
+	return [ "columns: $text" ] if @values != @types;
+	return [
+		map {
+			my ($value, $type) = ($values[$_], $types[$_]);
+			$value eq '~' ? undef
+			  : $type eq 'a' ? amount_parse($value)
+			  : $type eq 't' ? instant_parse($value)
+			  : $value
+		} 0 .. $#types
+	];
+}
+
+# ---------------------------------------------------------------------------
+# What may be called next
+# ---------------------------------------------------------------------------
+
+sub pick { return $_[ int(rand(@_)) ] }
+sub chance { return rand(100) < $_[0] }
+
+sub start_epoch
+{
+	my ($number) = @_;
+
+	do_look($number) if @accounts;
+	verify($number);
+	$world->{account} = {};
+
+	# twelve digits after the point, none, and 26 before it
+	$exponent = pick(-12, -12, -12, -2, 0, 11);
+	@accounts = map { "$number$_" } ('/acct:1', "/it's \"Zo\x{c3}\x{ab}\" \\", '/' . 'x' x 40);
+	$next_epoch = $number + $steps_of_epoch;
+	@made = ();
+	@hot = ();
+	$key_number = 0;
+	return;
+}
+
+# Returns a positive amount up to 400 of something, of 0 to 12 digits.
+sub any_amount
+{
+	my $unit = pick(1, 10**6, 10**10, 10**12, 10**12);
+
+	return $unit * (1 + int(rand(min(400 * 10**12 / $unit, 10**9))));
+}
+
+# Returns an amount that is likely to be near a limit.
+sub near
+{
+	my ($limit) = @_;
+
+	return any_amount() if $limit <= 0 || chance(10);
+	return $limit + pick(0, 0, 1, $limit > 1 ? -1 : 0) if chance(25);
+	return 1 + int($limit / pick(2, 3, 7, 9, 100, 1 + rand(10)));
+}
+
+sub any_ttl
+{
+	return pick(undef, 1, map { $_ * $second } 1, 10, 60, 60, 300, 300, 3600, 3600, 1 + int(rand(900)));
+}
+
+sub add_key
+{
+	my ($call) = @_;
+	my $account = $world->account($call->{account});
+	my @used = sort keys %{ $account->{key} };
+
+	if (chance(5) && @used)
+	{
+		$call->{key} = pick(@used);
+	}
+	elsif (chance(45))
+	{
+		$call->{key} = 'key ' . ++$key_number;
+		$call->{key} = "k'\x{e2}\x{82}\x{ac}" . $call->{key} if chance(10);
+	}
+	return;
+}
+
+# Returns the number of a hold of the account, or of nobody.
+sub any_hold
+{
+	my ($account) = @_;
+	my @held = sort grep { $account->{hold}{$_}{status} eq 'held' } keys %{ $account->{hold} };
+	my @all = sort keys %{ $account->{hold} };
+	my $other = $world->account(pick(@accounts));
+
+	return $hot[1] if @hot && $hot[1] && $account->{hold}{ $hot[1] } && chance(50);
+	return pick(@held) if @held && chance(85);
+	return pick(@all) if @all && chance(90);
+	return pick(0, -1, 999999999, sort keys %{ $other->{hold} });
+}
+
+sub any_entry
+{
+	my ($account) = @_;
+	my @consumed = sort grep {
+		sum0(map { $_->{consumed} - $_->{refunded} } @{ $account->{call}{$_}{parts} }) > 0
+	} keys %{ $account->{call} };
+	my @partly = grep {
+		grep { $_->{refunded} } @{ $account->{call}{$_}{parts} }
+	} @consumed;
+	my @all = sort keys %{ $account->{call} };
+	my $other = $world->account(pick(@accounts));
+
+	return pick(@partly) if @partly && chance(30);
+	return pick(@consumed) if @consumed && chance(80);
+	return pick(@all) if @all && chance(85);
+	return pick(0, -1, 999999999, sort keys %{ $other->{call} });
+}
+
+# Returns a random call of a function.
+sub any_call
+{
+	my ($function) = @_;
+	my $name = @hot && chance(50) ? $hot[0] : pick(@accounts);
+	my %has = map { $_ => 1 } @{ $function{$function}[0] };
+
+	if ($has{reservation_id} && chance(80))
+	{
+		# where there is something to do
+		$name = pick($name, grep {
+			grep { $_->{status} eq 'held' } values %{ $world->account($_)->{hold} }
+		} @accounts);
+	}
+	elsif ($function eq 'unfreeze' && chance(70))
+	{
+		$name = pick($name, grep { %{ $world->account($_)->{frozen} } } @accounts);
+	}
+	my $account = $world->account($name);
+	my %call = (function => $function, account => $name, spelling => int(rand(2)));
+
+	$call{credit} = pick(@credits) if $has{credit};
+	$call{credit} = pick(grep { $world->available($name, $_) > 0 } @credits) // $call{credit}
+	  if $function =~ /consume|reserve/ && chance(80);
+	$call{credit} = undef if $function =~ /freeze/ && chance($function eq 'freeze' ? 30 : 60);
+	$call{metadata} = pick(sort keys %metadata) if $has{metadata} && chance(15);
+	$call{reason} = 'because' if $function eq 'adjust' || ($has{reason} && chance(20));
+	$call{reservation_id} = any_hold($account) if $has{reservation_id};
+	add_key(\%call) if $has{key};
+	my $available = defined $call{credit} ? $world->available($name, $call{credit}) : 0;
+
+	if ($function eq 'topup')
+	{
+		$call{amount} = any_amount();
+		$call{priority} = pick(100, 100, 100, 1, 2, -5, 200);
+		# two of the same instant, too: the older burns first
+		$call{expires_at} = pick(
+			undef, undef, expiries($account),
+			map { $world->{now} + $_ } 1, $second, 60 * $second, 3600 * $second, 1 + int(rand(2000 * $second)));
+	}
+	elsif ($function eq 'adjust')
+	{
+		$call{amount} = chance(30) ? any_amount() : -near($available);
+	}
+	elsif ($function eq 'refund')
+	{
+		$call{entry_id} = any_entry($account);
+		my $of = $account->{call}{ $call{entry_id} };
+		my $left = $of ? sum0(map { $_->{consumed} - $_->{refunded} } @{ $of->{parts} }) : 0;
+		my $consumed = $of ? sum0(map { $_->{consumed} } @{ $of->{parts} }) : 0;
+		$call{amount} = near(pick($left, $left, $consumed)) if chance(75);
+	}
+	elsif ($function =~ /consume/)
+	{
+		$call{amount} = near($available);
+	}
+	elsif ($function =~ /reserve/)
+	{
+		$call{amount} = near($available);
+		$call{ttl} = any_ttl();
+		$call{min_amount} = min($call{amount}, near($available)) if chance(40);
+	}
+	elsif ($function eq 'settle')
+	{
+		my $hold = $account->{hold}{ $call{reservation_id} };
+
+		$call{amount} = chance(15) ? 0 : near($hold ? $hold->{amount} : 0) if chance(85);
+		$call{amount} += near($world->available($name, $hold->{credit}))
+		  if $call{amount} && $hold && chance(%{ $account->{frozen} } ? 60 : 25);
+		$call{overage} = pick('charge', 'clamp', 'refuse') if chance(60);
+	}
+	elsif ($function eq 'renew')
+	{
+		my $hold = $account->{hold}{ $call{reservation_id} };
+
+		$call{ttl} = any_ttl();
+		$call{add_amount} = near($hold ? $world->available($name, $hold->{credit}) : 0) if chance(60);
+	}
+	return \%call;
+}
+
+# Returns when the tranches of an account expire that have not.
+sub expiries
+{
+	my ($account) = @_;
+
+	return grep { $_ > $world->{now} }
+	  map { $account->{tranche}{$_}{expires_at} // 0 } sort keys %{ $account->{tranche} };
+}
+
+# Returns an earlier call once more, as it was or with something changed.
+sub same_call
+{
+	my @again = grep { defined $_->{key} || $_->{function} =~ /settle|cancel|renew/ } @made;
+
+	return any_call('consume') if !@again;
+	splice @again, 0, -25 if @again > 25 && chance(60);
+	my %call = (%{ pick(@again) }, spelling => int(rand(2)));
+	return \%call if chance(65);
+
+	my ($arguments) = @{ $function{ $call{function} } };
+	my $name = pick(grep { !/account|key|entry_id|reservation_id/ } @$arguments, 'function');
+	my $type = $type_of{ $name // '' } // '';
+	if (!defined $name || $type eq 'a')
+	{
+		$call{amount} = ($call{amount} // 1) + ($call{amount} && $call{amount} < 0 ? -1 : 1);
+		delete $call{min_amount};
+	}
+	elsif ($name eq 'function')
+	{
+		$call{function} =~ s/^(try_)?(?=consume|reserve)/$1 ? '' : 'try_'/e;
+		return other_function(\%call) if $call{credit} && chance(50);
+	}
+	elsif ($name eq 'credit')
+	{
+		$call{credit} = first { $_ ne $call{credit} } @credits;
+	}
+	elsif ($name eq 'metadata')
+	{
+		$call{metadata} = pick(grep { $_ ne ($call{metadata} // '') } sort keys %metadata);
+	}
+	elsif ($name eq 'reason') { $call{reason} = 'something else' }
+	elsif ($name eq 'overage') { $call{overage} = pick('charge', 'clamp', 'refuse') }
+	elsif ($name eq 'priority') { $call{priority}++ }
+	elsif ($type eq 't') { $call{$name} = ($call{$name} // $world->{now}) + $second }
+	elsif ($type eq 'interval') { $call{$name} = ($call{$name} // $second) + 1 }
+	return \%call;
+}
+
+# Returns a call of another function with the arguments that both have.
+sub other_function
+{
+	my ($call) = @_;
+	my $other = pick(qw(topup adjust consume reserve));
+	my %has = map { $_ => 1 } @{ $function{$other}[0] }, 'spelling';
+	my %call = map { $_ => $call->{$_} } grep { $has{$_} } keys %$call;
+
+	$call{amount} = abs($call{amount}) if $other ne 'adjust';
+	$call{reason} = 'because' if $other eq 'adjust';
+	$call{priority} //= 100 if $other eq 'topup';
+	return { %call, function => $other };
+}
+
+# Returns a call with an argument that is not allowed.
+sub bad_call
+{
+	my $call = any_call(pick(sort keys %function));
+	my @bad;
+
+	for my $name (@{ $function{ $call->{function} }[0] })
+	{
+		my $type = $type_of{$name};
+		my @texts;
+
+		push @texts, "'NaN'", "'Infinity'", "'-Infinity'", '0.0000000000001', '1' . '0' x 26 if $type eq 'a';
+		push @texts, '-1', '-0.000000000001' if $type eq 'a' && $call->{function} ne 'adjust';
+		push @texts, '0' if $name eq 'min_amount' || ($name eq 'amount' && $call->{function} ne 'settle');
+		push @texts, "''", "repeat('x', 513)" if $type eq 'text';
+		push @texts, "'0'", "'-1 second'", "'11 years'", "'1 month -31 days'" if $type eq 'interval';
+		push @texts, "'Charge'", "'x'" if $name eq 'overage';
+		push @texts, 'NULL'
+		  if $name =~ /^(account|overage|priority|add_amount|.*_id)$/
+		  || ($name eq 'reason' && $call->{function} eq 'adjust')
+		  || ($name eq 'credit' && $call->{function} !~ /freeze/)
+		  || ($name eq 'amount' && $call->{function} !~ /settle|refund/);
+		push @bad, map { [ $name, $_ ] } @texts;
+	}
+	my ($name, $text) = @{ pick(@bad) };
+	$call->{given} = { $name => $text };
+	$call->{bad} = 1;
+	return $call;
+}
+
+# ---------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------
+
+# What is compared after each step, of one account: lease_balance(), tranches,
+# holds, and the ledger after some entry. Each row begins with a letter.
+my @state = (
+	[
+		"'B', credit, available, reserved, chunked, consumed, expired, granted, " . instant_sql('next_expiry'),
+		'lease_balance($1) WHERE account = $1'
+	],
+	[
+		"'T', credit, tranche_id, granted, remaining, reserved, chunked, consumed, expired, returned, revoked",
+		'tranche WHERE account = $1'
+	],
+	[
+		"'H', reservation_id, status, amount, " . instant_sql('expires_at')
+		  . ", array_to_string(tranche_ids, ','), array_to_string(tranche_amounts, ',')",
+		'reservation WHERE account = $1'
+	],
+	[
+		"'L', entry_id, kind, credit, amount, available, tranche_id, reservation_id, idempotency_key, "
+		  . instant_sql('created_at'),
+		'(SELECT * FROM ledger WHERE account = $1 AND entry_id > $2 ORDER BY entry_id) l'
+	]);
+my $prepare = 'PREPARE state (text, bigint) AS ' . join ' UNION ALL ',
+  map { "SELECT array_to_string(ARRAY[$_->[0]]::text[], '|', '~') FROM $_->[1]" } @state;
+
+sub fail_step
+{
+	my ($step, @why) = @_;
+
+	diag("step $step of seed $seed, CREDIT_LEASE_MODEL_STEPS=$steps CREDIT_LEASE_MODEL_SEED=$seed repeats it");
+	diag(join "\n", 'the last calls:', @log);
+	diag(join "\n", @why);
+	fail('every answer and every balance is the model\'s');
+	done_testing();
+	exit 1;
+}
+
+sub shown
+{
+	my ($values) = @_;
+
+	return join ' | ', map { $_ // '~' } @$values;
+}
+
+sub same
+{
+	my ($x, $y) = @_;
+
+	return shown($x) eq shown($y);
+}
+
+# Sorts the rows of the state query by what they are of.
+sub parse_state
+{
+	my ($text) = @_;
+	my %state = map { $_ => [] } qw(B T H L);
+
+	for my $line (split /\n/, $text)
+	{
+		my ($letter, @values) = split /\|/, $line, -1;
+		$_ = $_ eq '~' ? undef : $_ for @values;
+		push @{ $state{$letter} }, \@values;
+	}
+	return \%state;
+}
+
+# Compares an account with the model's; returns what differs.
+sub compare_account
+{
+	my ($name, $state) = @_;
+	my $account = $world->account($name);
+	my @balance = $world->balance($name);
+	my (@why, %lapsed);
+
+	# lease_balance()
+	my @found = sort map { shown([ $_->[0], (map { amount_parse($_) } @$_[ 1 .. 6 ]), $_->[7] ]) } @{ $state->{B} };
+	my @expected = sort map { shown($_) } @balance;
+	push @why, 'balance, found and expected:', @found, '--', @expected if "@found" ne "@expected";
+
+	# holds; one that has lapsed has expired, given back or not
+	my %hold = map { $_->[0] => $_ } @{ $state->{H} };
+	for my $id (sort keys %{ { %hold, %{ $account->{hold} } } })
+	{
+		my ($row, $hold) = ($hold{$id}, $account->{hold}{$id});
+
+		push(@why, "hold $id exists on one side only"), next if !$row || !$hold;
+		my ($status, $amount, $expires_at) = ($row->[1], amount_parse($row->[2]), $row->[3]);
+		my @ids = split /,/, $row->[4];
+		my @amounts = map { amount_parse($_) } split /,/, $row->[5];
+
+		if ($status eq 'held' && $expires_at <= $world->{now})
+		{
+			$status = 'expired';
+			$lapsed{ $ids[$_] } += $amounts[$_] for 0 .. $#ids;
+		}
+		my @is = ($status, $amount, $expires_at, sort map { "$ids[$_]:$amounts[$_]" } 0 .. $#ids);
+		my @ought = (
+			@$hold{qw(status amount expires_at)},
+			sort map { "$_:$hold->{part}{$_}" } keys %{ $hold->{part} });
+		push @why, "hold $id: found " . shown(\@is) . ', expected ' . shown(\@ought) if !same(\@is, \@ought);
+	}
+
+	# the terms of rule 2, as they are once everything has been swept
+	my %row = map { $_->[1] => $_ } @{ $state->{T} };
+	for my $id (sort keys %{ { %row, %{ $account->{tranche} } } })
+	{
+		my ($row, $tranche) = ($row{$id}, $account->{tranche}{$id});
+
+		push(@why, "tranche $id exists on one side only"), next if !$row || !$tranche;
+		my %is;
+		@is{qw(granted remaining reserved chunked consumed expired returned revoked)} =
+		  map { amount_parse($_) } @$row[ 2 .. 9 ];
+		$is{reserved} -= $lapsed{$id} // 0;
+		$is{remaining} += $lapsed{$id} // 0;
+		@is{qw(expired remaining)} = ($is{expired} + $is{remaining}, 0)
+		  if defined $tranche->{expires_at} && $tranche->{expires_at} <= $world->{now};
+		my %ought = (chunked => 0, returned => 0, %$tranche);
+		my @is = ($row->[0], @is{ sort keys %is });
+		my @ought = ($tranche->{credit}, @ought{ sort keys %is });
+		push @why, "tranche $id: found " . shown(\@is) . ', expected ' . shown(\@ought) if !same(\@is, \@ought);
+	}
+	return @why;
+}
+
+# Sorts the new entries into those of the call and those of what was swept on
+# the way; returns what is wrong with them.
+sub split_entries
+{
+	my ($state, $got) = @_;
+	my @why;
+
+	for my $row (@{ $state->{L} })
+	{
+		my %entry;
+		@entry{qw(entry_id kind credit amount available tranche_id reservation_id key created_at)} = @$row;
+		$entry{$_} = amount_parse($entry{$_}) for qw(amount available);
+
+		push @why, "entry $entry{entry_id} is of the time $entry{created_at}" if $entry{created_at} != $world->{now};
+		push @{ $got->{ $entry{kind} eq 'expire' ? 'swept' : 'entries' } }, \%entry;
+	}
+	return @why;
+}
+
+# Whether what was swept had expired: a part of a hold, or the rest of a tranche.
+sub check_swept
+{
+	my ($name, $got) = @_;
+	my $account = $world->account($name);
+	my @why;
+
+	for my $entry (@{ $got->{swept} })
+	{
+		my $hold = $account->{hold}{ $entry->{reservation_id} // 0 };
+		my $tranche = $account->{tranche}{ $entry->{tranche_id} };
+		my $of_tranche = !defined $entry->{reservation_id};
+		my $right =
+			 $tranche
+		  && $tranche->{credit} eq $entry->{credit}
+		  && $entry->{amount} > 0
+		  && !defined $entry->{key};
+
+		$right &&= defined $tranche->{expires_at} && $tranche->{expires_at} <= $world->{now} if $of_tranche;
+		$right &&= $hold && $hold->{status} eq 'expired' && $hold->{part}{ $tranche->{id} } == $entry->{amount}
+		  if !$of_tranche;
+		push @why, "entry $entry->{entry_id} swept what had not expired" if !$right;
+		$account->{call}{ $entry->{entry_id} } = { parts => [] };
+	}
+	return @why;
+}
+
+# The entries of a call against the model's, in whatever order of tranches.
+sub compare_entries
+{
+	my ($call, $got) = @_;
+	my @fields = qw(kind credit amount available tranche_id reservation_id);
+	my @is = sort map { shown([ @$_{@fields} ]) } @{ $got->{entries} };
+	my @ought = sort map { shown([ @$_{@fields} ]) } @{ $got->{expected} };
+	my @keys = map { $_->{key} // '' } @{ $got->{entries} };
+	my @why;
+
+	push @why, 'entries, found and expected:', @is, '--', @ought if "@is" ne "@ought";
+	push @why, 'the key is not on the first entry alone'
+	  if @keys && ((shift @keys) ne ($call->{key} // '') || grep { $_ ne '' } @keys);
+	return @why;
+}
+
+# Makes a call, in the database and in the model, and compares all there is.
+sub do_call
+{
+	my ($step, $call) = @_;
+	my $name = $call->{account};
+	my $account = $world->account($name);
+	my $sql = call_text($call);
+
+	# no amount of more than 26 digits before the point, whatever there is
+	$call->{bad} = 1
+	  if grep { abs($call->{$_} // 0) >= 10**min(26 - $exponent, 18) } qw(amount min_amount add_amount);
+
+	my %got = (entries => [], swept => [], row => []);
+	my @why;
+
+	$session->begin("$sql;\n\\echo = :SQLSTATE\nEXECUTE state(" . quoted($name) . ", $account->{last_entry});");
+	my ($out, $state_ok) = $session->finish;
+	my ($answer, $sqlstate, $text) = $out =~ /^(.*?)\n?^= (\w{5})\n?(.*)$/ms or fail_step($step, "no answer: $out");
+	push @log, "[$step] " . ('  ' x @nested) . "$sql; -- $sqlstate $answer";
+	shift @log if @log > 40;
+	fail_step($step, 'the state could not be read: ' . $session->messages) if $state_ok ne '00000';
+
+	my $state = parse_state($text);
+	$got{row} = parse_row($answer, $function{ $call->{function} }[1]) if $sqlstate eq '00000';
+	push @why, split_entries($state, \%got);
+	my $expected = $world->call($call, \%got);
+	$account->{last_entry} = max($account->{last_entry}, map { $_->[0] } @{ $state->{L} });
+
+	if ($expected->{error})
+	{
+		push @why, "found $sqlstate " . shown($got{row}) . ", expected @{ $expected->{error} }"
+		  if !grep { $_ eq $sqlstate } @{ $expected->{error} };
+		push @why, 'a refused call wrote entries' if @{ $got{entries} } || @{ $got{swept} };
+	}
+	else
+	{
+		push @why, "found $sqlstate " . shown($got{row}) . ', expected ' . shown($expected->{row})
+		  if $sqlstate ne '00000' || !same($got{row}, $expected->{row});
+		push @why, compare_entries($call, \%got);
+	}
+	push @why, check_swept($name, \%got), compare_account($name, $state);
+	fail_step($step, @why, $session->messages) if @why;
+
+	my $outcome =
+		$sqlstate ne '00000' ? $sqlstate
+	  : $got{row}[0] eq 'f' ? 'f'
+	  : @{ $got{row} } > 1 && $got{row}[-1] eq 't' ? 'replayed'
+	  : 'done';
+	$seen{"$call->{function} $outcome"}++;
+	push @made, { map { $_ => $call->{$_} } grep { !/given|bad/ } keys %$call } if !$call->{bad};
+	return;
+}
+
+# Runs what must not fail and returns its output; logs what changes something.
+sub say_sql
+{
+	my ($step, $sql) = @_;
+
+	if ($sql !~ /^(SELECT|EXECUTE)/ || $sql =~ /lease_reclaim/)
+	{
+		push @log, "[$step] " . ('  ' x @nested) . "$sql;";
+		shift @log if @log > 40;
+	}
+	my ($out, $sqlstate) = $session->run("$sql;");
+	fail_step($step, "$sqlstate " . $session->messages) if $sqlstate ne '00000';
+	return $out;
+}
+
+# Moves the clock: some time, or exactly to where something expires or to the
+# instant before. It never goes back.
+sub do_clock
+{
+	my ($step) = @_;
+	my @expiry;
+
+	for my $name (@accounts)
+	{
+		my $account = $world->account($name);
+		my @held = grep { $_->{status} eq 'held' } values %{ $account->{hold} };
+
+		push @expiry, map { [ $_->{expires_at}, $name, $_->{part} ? $_->{id} : 0 ] }
+		  grep { ($_->{expires_at} // 0) > $world->{now} + 1 } values %{ $account->{tranche} }, @held;
+	}
+	@expiry = sort { $a->[0] <=> $b->[0] || $a->[2] <=> $b->[2] } @expiry;
+	@hot = ();
+	if (@expiry && chance(70))
+	{
+		my $expiry = $expiry[ int(rand(min(3, scalar @expiry))) ];
+
+		$world->{now} = $expiry->[0] - int(rand(2));
+		@hot = @$expiry[ 1, 2 ];
+	}
+	else
+	{
+		$world->{now} += 1 + int(rand(30 * $second));
+	}
+	say_sql($step, 'SET credit_lease.mock_now = ' . quoted(instant_text($world->{now})));
+	do_reclaim($step) if chance(15);
+	return;
+}
+
+# lease_reclaim() is of all accounts. How many holds are left for it depends on
+# what the calls before have given back on their way.
+sub do_reclaim
+{
+	my ($step) = @_;
+	my $max = chance(50) ? undef : pick(1, 1, 2, 5);
+	my $now = quoted(instant_text($world->{now}));
+	my $holds = "SELECT count(*) FROM reservation WHERE status = 'held' AND expires_at <= $now";
+	my $tranches = "SELECT count(*) FROM tranche WHERE remaining <> 0 AND expires_at <= $now";
+	my $reclaim = 'SELECT lease_reclaim(' . ($max // '') . ')';
+	my ($before, $swept, @left) = split /\n/, say_sql($step, "$holds; $reclaim; $holds; $tranches");
+
+	fail_step($step, "lease_reclaim: found $swept of $before") if $swept != min($before, $max // $before);
+	fail_step($step, "lease_reclaim left @left") if !defined $max && grep { $_ != 0 } @left;
+	look_at_account($step, $_) for @accounts;
+	$seen{'reclaim ' . ($swept > 0 ? 'done' : 'f')}++;
+	return;
+}
+
+# Begins a transaction or, inside one, a savepoint.
+sub do_begin
+{
+	my ($step) = @_;
+
+	say_sql($step, @nested
+		? 'SAVEPOINT s' . @nested
+		: 'BEGIN ISOLATION LEVEL ' . pick('READ COMMITTED', 'REPEATABLE READ', 'SERIALIZABLE'));
+	push @nested, $world->copy;
+	$transaction_left += 1 + int(rand(6));
+	return;
+}
+
+# Ends the innermost of them, one way or the other.
+sub do_end
+{
+	my ($step) = @_;
+	my $copy = pop @nested;
+	my $savepoint = @nested ? 's' . @nested : undef;
+
+	if (chance(50))
+	{
+		say_sql($step, $savepoint ? "ROLLBACK TO $savepoint" : 'ROLLBACK');
+		$world = $copy;
+		$seen{'rollback'}++;
+	}
+	else
+	{
+		say_sql($step, $savepoint ? "RELEASE $savepoint" : 'COMMIT');
+		$seen{'commit'}++;
+	}
+	return;
+}
+
+# Compares an account outside a call: nothing but a sweep has touched it.
+sub look_at_account
+{
+	my ($step, $name) = @_;
+	my $account = $world->account($name);
+	my $state = parse_state(say_sql($step, 'EXECUTE state(' . quoted($name) . ", $account->{last_entry})"));
+	my %got = (entries => [], swept => []);
+	my @why = split_entries($state, \%got);
+
+	$world->balance($name);
+	$account->{last_entry} = max($account->{last_entry}, map { $_->[0] } @{ $state->{L} });
+	push @why, 'entries of nobody' if @{ $got{entries} };
+	push @why, check_swept($name, \%got), compare_account($name, $state);
+	fail_step($step, @why) if @why;
+	return;
+}
+
+# All accounts of the epoch, their books and the views.
+sub do_look
+{
+	my ($step) = @_;
+
+	look_at_account($step, $_), verify($step, $_), look_at_views($step, $_) for @accounts;
+	return;
+}
+
+# Compares what the views say of an account.
+sub look_at_views
+{
+	my ($step, $name) = @_;
+	my $account = $world->account($name);
+	my @holds = map { $account->{hold}{$_} } sort { $a <=> $b } keys %{ $account->{hold} };
+	my @tranches = map { $account->{tranche}{$_} } sort { $a <=> $b } keys %{ $account->{tranche} };
+	my $where = 'WHERE account = ' . quoted($name);
+	my $compare = sub {
+		my ($what, $found, @expected) = @_;
+		my $expected = join "\n", @expected;
+
+		fail_step($step, "$what: found $found, expected $expected") if $found ne $expected;
+	};
+
+	for my $is ([ 'open_reservation', 'held' ], [ 'expired_hold', 'expired' ])
+	{
+		my ($view, $status) = @$is;
+
+		$compare->($view, say_sql($step, "SELECT reservation_id FROM $view $where ORDER BY 1"),
+			map { $_->{id} } grep { $_->{status} eq $status } @holds);
+	}
+
+	# an expired hold may still be reserved here, until somebody gives it back
+	my $rest = say_sql($step, "SELECT tranche_id, remaining + reserved FROM open_lease $where ORDER BY 1");
+	$compare->('open_lease', join("\n", map { s/\|(.*)/'|' . amount_parse($1)/er } split /\n/, $rest),
+		map { "$_->{id}|" . ($_->{remaining} + $_->{reserved}) }
+		grep { $_->{remaining} + $_->{reserved} > 0 && ($_->{expires_at} // 9e18) > $world->{now} } @tranches);
+
+	for my $credit (@credits)
+	{
+		my $pool = "$where AND credit = " . quoted($credit);
+		my $consumed = say_sql($step, "SELECT coalesce(sum(consumed), 0) FROM usage_by_day $pool");
+
+		$compare->('usage_by_day', amount_parse($consumed),
+			sum0 map { $_->{consumed} } grep { $_->{credit} eq $credit } @tranches);
+		$compare->('lease_balance() of a pool',
+			say_sql($step, 'SELECT * FROM lease_balance(' . quoted($name) . ', ' . quoted($credit) . ')'),
+			say_sql($step, "SELECT * FROM balance $pool"));
+	}
+	return;
+}
+
+# The books of an account, or of all.
+sub verify
+{
+	my ($step, @account) = @_;
+	my $found = say_sql($step, 'SELECT * FROM lease_verify(' . join('', map { quoted($_) } @account) . ') LIMIT 20');
+
+	fail_step($step, "lease_verify: $found") if $found ne '';
+	return;
+}
+
+# ---------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------
+
+note("CREDIT_LEASE_MODEL_STEPS=$steps CREDIT_LEASE_MODEL_SEED=$seed");
+$session->run_safe("\\set ON_ERROR_ROLLBACK on\n$prepare;");
+say_sql(0, 'SET credit_lease.mock_now = ' . quoted(instant_text($world->{now})));
+
+my @wheel = map { ($_) x $weight{$_} } sort keys %weight;
+for my $step (1 .. $steps)
+{
+	my $what = pick(@wheel);
+
+	if (@nested && --$transaction_left <= 0)
+	{
+		do_end($step) while @nested;
+	}
+	start_epoch($step) if !@nested && $step >= $next_epoch;
+
+	if ($what eq 'clock') { do_clock($step) }
+	elsif ($what eq 'reclaim') { do_reclaim($step) }
+	elsif ($what eq 'look') { do_look($step) }
+	elsif ($what eq 'begin' && @nested < 4) { do_begin($step) }
+	elsif ($what eq 'begin') { do_end($step) }
+	elsif ($what eq 'again') { do_call($step, same_call()) }
+	elsif ($what eq 'bad') { do_call($step, bad_call()) }
+	else { do_call($step, any_call($what)) }
+
+	do_look($step) if $step % $steps_between_verify == 0;
+}
+do_end($steps) while @nested;
+do_look($steps);
+verify($steps);
+$session->quit;
+
+pass('every answer and every balance is the model\'s');
+note(join "\n", map { "$_: $seen{$_}" } sort keys %seen);
+$node->stop;
+done_testing();
