@@ -8,9 +8,9 @@
  * That insert waits for a transaction in progress that uses the same key, and
  * is 40001 above READ COMMITTED if that one commits.
  *
- * The change of a tranche is relative and refuses to go below zero: even a
- * trigger on the ledger that spends from the same pool gets LC009 and never
- * more credit than there is.
+ * A tranche is written only where the row is still the one that was locked:
+ * a trigger on the ledger that spends from the same pool makes the call fail
+ * with LC009, and never spends more credit than there is.
  */
 #include "postgres.h"
 

@@ -31,7 +31,7 @@
 /* How many holds are given back at a time, and by a call that is not short. */
 #define BATCH	1000
 
-static const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
+const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
 static const EntryKind kind_expire_tranche = {.name = "expire", .bucket = EXPIRED};
 
 /* $3 and $4 are the pools that were found locked. */

@@ -2,6 +2,9 @@
 #define CREDIT_LEASE_RECLAIM_H
 
 #include "pool.h"
+#include "request.h"
+
+extern const EntryKind kind_expire_hold;
 
 extern void reclaim_lock(Pool *pool);
 extern void reclaim_lapsed(Pool *pool);

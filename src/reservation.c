@@ -27,7 +27,6 @@ static const EntryKind kind_reserve = {.name = "reserve", .bucket = RESERVED};
 static const EntryKind kind_renew = {.name = "renew", .bucket = RESERVED};
 static const EntryKind kind_settle = {.name = "settle", .bucket = CONSUMED, .settles = true};
 static const EntryKind kind_cancel = {.name = "cancel", .bucket = RESERVED, .negated = true};
-static const EntryKind kind_expire = {.name = "expire", .bucket = RESERVED, .negated = true};
 
 typedef enum Overage
 {
@@ -367,7 +366,7 @@ lease_cancel(PG_FUNCTION_ARGS)
 	{
 		bool		alive = is_alive(&pool, &hold);
 
-		request.kind = alive ? &kind_cancel : &kind_expire;
+		request.kind = alive ? &kind_cancel : &kind_expire_hold;
 		hold_release(&pool, &hold, amount_zero());
 		hold.status = alive ? HOLD_CANCELLED : HOLD_EXPIRED;
 		hold.end_entry_id = ledger_post(&pool, &request, &hold.reservation_id);
