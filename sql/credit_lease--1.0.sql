@@ -29,6 +29,14 @@ COMMENT ON SEQUENCE credit_lease.reservation_id_seq IS 'numbers reservations';
 CREATE SEQUENCE credit_lease.entry_id_seq;
 COMMENT ON SEQUENCE credit_lease.entry_id_seq IS 'numbers ledger entries; rises within an account';
 
+CREATE TABLE credit_lease.account (
+	account text COLLATE "C" PRIMARY KEY,
+	frozen boolean NOT NULL DEFAULT false,
+	created_at timestamptz NOT NULL
+);
+COMMENT ON TABLE credit_lease.account IS 'accounts that have or had credit; every call that changes anything of an account locks its row first';
+COMMENT ON COLUMN credit_lease.account.frozen IS 'frozen_pool has rows of it';
+
 -- No CHECK on the amounts, on purpose: every call proves the equation of the
 -- rows that it reads and of those that it writes (LC009), and lease_verify()
 -- names whoever went round it; a constraint would prove it a third time, on
@@ -44,10 +52,8 @@ CREATE TABLE credit_lease.tranche (
 	server text,
 	lease_id text,
 	owner text,
-	frozen boolean NOT NULL DEFAULT false,
 	hold_expires_at timestamptz,
 	open boolean NOT NULL,
-	open_tranches integer NOT NULL,
 	granted numeric NOT NULL DEFAULT 0,
 	chunked numeric NOT NULL DEFAULT 0,
 	reserved numeric NOT NULL DEFAULT 0,
@@ -67,10 +73,8 @@ COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: 
 COMMENT ON COLUMN credit_lease.tranche.kind IS 'grant: topped up here';
 COMMENT ON COLUMN credit_lease.tranche.priority IS 'the lowest burns first, then the soonest expiry, then the oldest';
 COMMENT ON COLUMN credit_lease.tranche.expires_at IS 'from this instant nothing of it can be spent; NULL for never';
-COMMENT ON COLUMN credit_lease.tranche.frozen IS 'the pool was frozen while this tranche was open';
 COMMENT ON COLUMN credit_lease.tranche.hold_expires_at IS 'none of its holds expires earlier; NULL when it never had one';
 COMMENT ON COLUMN credit_lease.tranche.open IS 'something is left, held or carved out; only open tranches are read by calls';
-COMMENT ON COLUMN credit_lease.tranche.open_tranches IS 'how many tranches of the pool are open; a call that reads another number looks again, for what came in while it waited';
 COMMENT ON COLUMN credit_lease.tranche.remaining IS 'can be spent or held, until expires_at';
 COMMENT ON COLUMN credit_lease.tranche.reserved IS 'in holds';
 COMMENT ON COLUMN credit_lease.tranche.chunked IS 'carved out for owners';
@@ -182,6 +186,7 @@ CREATE TABLE credit_lease.policy (
 COMMENT ON TABLE credit_lease.policy IS 'settings by pool: NULL stands for every account, every credit; the most specific row that has a value decides, the account before the credit';
 COMMENT ON COLUMN credit_lease.policy.hold_ttl IS 'how long a hold lives when the call does not say; 60 seconds where no row does';
 
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.account', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.ledger', '');
@@ -315,6 +320,26 @@ SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
 	   ) AS f (rule, expected, found)
  WHERE f.expected <> f.found
 UNION ALL
+-- what has a tranche or a freeze has an account, by which it is locked
+SELECT s.account, s.credit, NULL, 'account ' || f.rule, f.expected, f.found
+  FROM (
+	SELECT u.account, max(u.credit) AS credit, count(u.marked) AS accounts,
+		   coalesce(bool_or(u.marked), false) AS marked, bool_or(u.frozen) AS frozen
+	  FROM (
+		SELECT a.account, NULL, a.frozen, false FROM credit_lease.account a
+		UNION ALL
+		SELECT t.account, t.credit, NULL, false FROM credit_lease.tranche t
+		UNION ALL
+		SELECT f.account, f.credit, NULL, true FROM credit_lease.frozen_pool f
+	  ) AS u (account, credit, marked, frozen)
+	 GROUP BY u.account
+  ) AS s,
+  LATERAL (VALUES
+	('exists', 1::numeric, s.accounts::numeric),
+	('is marked while something is frozen', s.frozen::integer, s.marked::integer)
+  ) AS f (rule, expected, found)
+ WHERE f.expected <> f.found
+UNION ALL
 -- a call looks for expired holds only where the tranche says that there may be some
 SELECT t.account, t.credit, t.tranche_id, 'expiry of reservation ' || r.reservation_id || ' is known',
 	   extract(epoch FROM r.expires_at), extract(epoch FROM t.hold_expires_at)
@@ -368,28 +393,43 @@ SELECT r.account, r.credit, NULL, 'reservation ' || r.reservation_id || ' is the
 	   LATERAL (SELECT sum(p.amount) FROM unnest(r.tranche_amounts) AS p (amount)) AS f (found)
  WHERE r.amount IS DISTINCT FROM f.found
 UNION ALL
+SELECT s.account, s.credit, s.tranche_id, 'reservation ' || s.reservation_id || ' came from here', s.was_held, s.part
+  FROM (
+	SELECT u.account, u.credit, u.reservation_id, u.tranche_id,
+		   coalesce(sum(u.was_held), 0) AS was_held, coalesce(sum(u.part), 0) AS part
+	  FROM (
+		SELECT r.account, r.credit, r.reservation_id, p.tranche_id, NULL::numeric, p.amount
+		  FROM credit_lease.reservation r,
+			   unnest(r.tranche_ids, r.tranche_amounts) AS p (tranche_id, amount)
+		UNION ALL
+		SELECT m.account, m.credit, m.reservation_id, m.tranche_id, m.reserved, NULL
+		  FROM credit_lease.movement m
+		 WHERE m.reservation_id IS NOT NULL AND m.reserved > 0
+	  ) AS u (account, credit, reservation_id, tranche_id, was_held, part)
+	 GROUP BY u.account, u.credit, u.reservation_id, u.tranche_id
+  ) AS s
+ WHERE s.was_held IS DISTINCT FROM s.part
+UNION ALL
 SELECT s.account, s.credit, NULL, 'reservation ' || s.reservation_id || ' ' || f.rule, f.expected, f.found
   FROM (
 	SELECT u.account, u.credit, u.reservation_id, count(u.amount) AS holds, max(u.amount) AS amount,
 		   bool_or(u.held) AS held, coalesce(max(u.consumed), 0) AS consumed, coalesce(max(u.refunded), 0) AS refunded,
-		   coalesce(sum(u.was_held), 0) AS was_held, coalesce(sum(u.is_held), 0) AS is_held,
+		   coalesce(sum(u.is_held), 0) AS is_held,
 		   coalesce(sum(u.was_consumed), 0) AS was_consumed, coalesce(sum(u.was_refunded), 0) AS was_refunded
 	  FROM (
 		SELECT r.account, r.credit, r.reservation_id, r.amount, r.status = 'held', r.consumed, r.refunded,
-			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
+			   NULL::numeric, NULL::numeric, NULL::numeric
 		  FROM credit_lease.reservation r
 		UNION ALL
 		SELECT m.account, m.credit, m.reservation_id, NULL, NULL, NULL, NULL,
-			   greatest(m.reserved, 0), m.reserved, m.consumed,
-			   CASE WHEN m.reserved <= 0 THEN greatest(m.remaining, 0) END
+			   m.reserved, m.consumed, CASE WHEN m.reserved <= 0 THEN greatest(m.remaining, 0) END
 		  FROM credit_lease.movement m
 		 WHERE m.reservation_id IS NOT NULL
-	  ) AS u (account, credit, reservation_id, amount, held, consumed, refunded, was_held, is_held, was_consumed, was_refunded)
+	  ) AS u (account, credit, reservation_id, amount, held, consumed, refunded, is_held, was_consumed, was_refunded)
 	 GROUP BY u.account, u.credit, u.reservation_id
   ) AS s,
   LATERAL (VALUES
 	('exists', 1::numeric, s.holds::numeric),
-	('was held', s.was_held, s.amount),
 	('is held', s.is_held, CASE WHEN s.held THEN s.amount ELSE 0 END),
 	('was consumed', s.was_consumed, s.consumed),
 	('was refunded', s.was_refunded, s.refunded)

@@ -3,13 +3,10 @@
  *		lease_freeze(), lease_unfreeze(), lease_grant_access(), and the guard
  *		of the ledger.
  *
- * A freeze is a row of frozen_pool, which every call looks for as it locks the
- * pool, and a mark on each open tranche: the mark makes a call that was waiting
- * for the tranche look again when it goes on, and makes one at REPEATABLE READ
- * fail with 40001. Credit that comes in meanwhile needs no mark.
+ * A freeze is a row of frozen_pool, and a mark on the account that makes calls
+ * look for it.
  *
- * Locks: the tranches of the pools, by credit and tranche_id, then the row of
- * frozen_pool.
+ * Locks: the account, which a freeze creates.
  */
 #include "postgres.h"
 
@@ -20,17 +17,10 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "account.h"
 #include "argument.h"
 #include "clock.h"
 #include "statement.h"
-
-static Statement lock_statement = {
-	.sql = "SELECT FROM credit_lease.tranche t"
-	" WHERE t.account = $1 AND ($2 IS NULL OR t.credit = $2) AND (t.open OR t.frozen)"
-	" ORDER BY t.credit, t.tranche_id FOR NO KEY UPDATE",
-	.nargs = 2,
-	.argtypes = {TEXTOID, TEXTOID}
-};
 
 static Statement freeze_statement = {
 	.sql = "INSERT INTO credit_lease.frozen_pool (account, credit, reason, frozen_at)"
@@ -47,11 +37,11 @@ static Statement unfreeze_statement = {
 };
 
 static Statement mark_statement = {
-	.sql = "UPDATE credit_lease.tranche t SET frozen = EXISTS (SELECT FROM credit_lease.frozen_pool f"
-	"  WHERE f.account = $1 AND (f.credit = t.credit OR f.credit IS NULL))"
-	" WHERE t.account = $1 AND ($2 IS NULL OR t.credit = $2) AND (t.open OR t.frozen)",
-	.nargs = 2,
-	.argtypes = {TEXTOID, TEXTOID}
+	.sql = "UPDATE credit_lease.account a SET frozen ="
+	" EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)"
+	" WHERE a.account = $1",
+	.nargs = 1,
+	.argtypes = {TEXTOID}
 };
 
 static const char *const level_word[] = {"spend", "read", "admin"};
@@ -83,17 +73,22 @@ static const char *const level_grants[] = {
 	"  AND p.proname LIKE 'lease\\_%'"
 };
 
-/* Locks what a freeze concerns, runs the change, and marks the tranches anew. */
+/* Changes what is frozen of an account, and marks it; returns whether anything changed. */
 static bool
-change_freeze(Statement *change, Parameters *of_change, Parameters *of_pools)
+change_freeze(text *account, AccountLock how, Statement *change, Parameters *parameters)
 {
+	Parameters	mark = {0};
+	bool		frozen;
 	bool		changed;
 
 	statement_begin();
-	statement_execute(&lock_statement, of_pools);
-	changed = statement_execute(change, of_change) > 0;
+	account_lock(account, how, &frozen);
+	changed = statement_execute(change, parameters) > 0;
 	if (changed)
-		statement_execute(&mark_statement, of_pools);
+	{
+		parameter_add_pointer(&mark, account);
+		statement_execute(&mark_statement, &mark);
+	}
 	SPI_finish();
 	return changed;
 }
@@ -107,16 +102,14 @@ PG_FUNCTION_INFO_V1(lease_freeze);
 Datum
 lease_freeze(PG_FUNCTION_ARGS)
 {
-	Parameters	of_pools = {0};
-	Parameters	of_freeze;
-	TimestampTz now = clock_now();
+	Parameters	parameters = {0};
+	text	   *account = argument_text(fcinfo, 0, "account");
 
-	parameter_add_pointer(&of_pools, argument_text(fcinfo, 0, "account"));
-	parameter_add_pointer(&of_pools, argument_optional_text(fcinfo, 1, "credit"));
-	of_freeze = of_pools;
-	parameter_add_pointer(&of_freeze, argument_optional_text(fcinfo, 2, "reason"));
-	parameter_add(&of_freeze, TimestampTzGetDatum(now));
-	PG_RETURN_BOOL(change_freeze(&freeze_statement, &of_freeze, &of_pools));
+	parameter_add_pointer(&parameters, account);
+	parameter_add_pointer(&parameters, argument_optional_text(fcinfo, 1, "credit"));
+	parameter_add_pointer(&parameters, argument_optional_text(fcinfo, 2, "reason"));
+	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+	PG_RETURN_BOOL(change_freeze(account, ACCOUNT_LOCK_OR_CREATE, &freeze_statement, &parameters));
 }
 
 /*
@@ -129,11 +122,12 @@ PG_FUNCTION_INFO_V1(lease_unfreeze);
 Datum
 lease_unfreeze(PG_FUNCTION_ARGS)
 {
-	Parameters	of_pools = {0};
+	Parameters	parameters = {0};
+	text	   *account = argument_text(fcinfo, 0, "account");
 
-	parameter_add_pointer(&of_pools, argument_text(fcinfo, 0, "account"));
-	parameter_add_pointer(&of_pools, argument_optional_text(fcinfo, 1, "credit"));
-	PG_RETURN_BOOL(change_freeze(&unfreeze_statement, &of_pools, &of_pools));
+	parameter_add_pointer(&parameters, account);
+	parameter_add_pointer(&parameters, argument_optional_text(fcinfo, 1, "credit"));
+	PG_RETURN_BOOL(change_freeze(account, ACCOUNT_LOCK, &unfreeze_statement, &parameters));
 }
 
 /*

@@ -2,7 +2,7 @@
  * consume.c
  *		lease_consume() and lease_try_consume(): credit that is spent at once.
  *
- * Locks: the pool's tranches, then the key.
+ * Locks: the account.
  */
 #include "postgres.h"
 
@@ -17,7 +17,7 @@ static Datum
 consume(FunctionCallInfo fcinfo, bool try)
 {
 	Request		request = {.kind = &kind_consume};
-	Pool		pool = {.lock = POOL_BY_CREDIT};
+	Pool		pool = {0};
 	int64		reservation_id = NO_RESERVATION;
 	Numeric		amount;
 	int64		entry_id = 0;
@@ -35,7 +35,7 @@ consume(FunctionCallInfo fcinfo, bool try)
 	request.metadata = argument_optional_jsonb(fcinfo, 4);
 	caller = statement_begin();
 
-	reclaim_lock(&pool);
+	reclaim_lock(&pool, ACCOUNT_LOCK);
 	refused = !reclaim_cover(&pool, amount) || pool_is_frozen(&pool);
 	if (!refused)
 	{

@@ -8,17 +8,16 @@
  *				the SQL functions; reclaim.c also what calls give back themselves
  *	argument.c	checks of what the caller passed, before anything is locked
  *	request.c	the idempotency key and what it stands for
- *	pool.c		the tranches of one pool: locking, deciding, moving amounts
+ *	account.c	the lock of an account
+ *	pool.c		the tranches of one pool: reading, deciding, moving amounts
  *	hold.c		the rows of reservations
  *	ledger.c	writing what was moved, to the ledger and to the tranches
  *	statement.c	kept SPI plans
  *	amount.c, clock.c
  *				exact amounts, and the time
  *
- * Lock order, within one call: the tranche rows of a pool by tranche_id, then
- * the unique index of the ledger's keys, then the rows of reservations and
- * refund counters. Whoever sweeps several pools (reclaim.c) never waits for a
- * row.
+ * Locks: a call locks the row of its account, in credit_lease.account, and waits
+ * for nothing else. Whoever sweeps several accounts (reclaim.c) never waits.
  */
 #include "postgres.h"
 

@@ -2,10 +2,9 @@
  * hold.c
  *		Holds: the rows of credit_lease.reservation.
  *
- * A hold is protected by the locks of the tranches that it came from, which
- * cannot be closed while something of them is held. Whoever makes, changes or
- * ends it has those locks first; its own row is then free. Every change of the
- * row demands that it is still held, so that it ends once (rule 4).
+ * Whoever makes, changes or ends a hold has locked the account. Every change of
+ * the row demands all the same that it is still held, so that it ends once
+ * (rule 4).
  *
  * A settlement spends the parts in the order in which their tranches burn and
  * gives the last of them back.
@@ -202,18 +201,6 @@ hold_find_lapsed(const Pool *pool, int limit, Hold **holds)
 	return n;
 }
 
-/* Returns whether the pool has all tranches of a hold among those it locked. */
-bool
-hold_is_locked(const Pool *pool, const Hold *hold)
-{
-	for (int i = 0; i < hold->nparts; i++)
-	{
-		if (pool_find(pool, hold->tranche_id[i]) == NULL)
-			return false;
-	}
-	return true;
-}
-
 /* Adds the columns of a hold that may change during its life. */
 static void
 add_life(Parameters *parameters, const Hold *hold)
@@ -236,6 +223,14 @@ add_life(Parameters *parameters, const Hold *hold)
 										  TYPALIGN_INT));
 }
 
+/* Rule 3: what a hold came from is open as long as it is held. */
+static void
+require_tranches(const Pool *pool, const Hold *hold)
+{
+	for (int i = 0; i < hold->nparts; i++)
+		pool_get(pool, hold->tranche_id[i]);
+}
+
 /*
  * hold_collect
  *		Adds to a hold what was moved to RESERVED in the pool and is not saved
@@ -247,6 +242,7 @@ hold_collect(Pool *pool, Hold *hold, TimestampTz expires_at)
 	int64	   *tranche_id = palloc(sizeof(int64) * (hold->nparts + pool->ntranches));
 	Numeric    *part = palloc(sizeof(Numeric) * (hold->nparts + pool->ntranches));
 
+	require_tranches(pool, hold);
 	for (int i = 0; i < hold->nparts; i++)
 	{
 		tranche_id[i] = hold->tranche_id[i];
@@ -353,12 +349,14 @@ find_part(const Hold *hold, int64 tranche_id)
  *		Moves an amount of what is held to CONSUMED and gives the rest back to
  *		the tranches that it came from; what comes back to an expired one has
  *		expired with it (rule 8). Sets hold->consumed and hold->refunded.
+ *		Raises LC009 where one of those tranches is not open.
  */
 void
 hold_release(Pool *pool, Hold *hold, Numeric consumed)
 {
 	Numeric		left = consumed;
 
+	require_tranches(pool, hold);
 	hold->consumed = consumed;
 	hold->refunded = amount_zero();
 	for (int i = 0; i < pool->ntranches; i++)

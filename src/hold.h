@@ -36,7 +36,6 @@ typedef struct Hold
 extern bool hold_find(text *account, int64 reservation_id, Hold *hold);
 extern void hold_lock(const Pool *pool, const Hold *hold);
 extern int	hold_find_lapsed(const Pool *pool, int limit, Hold **holds);
-extern bool hold_is_locked(const Pool *pool, const Hold *hold);
 extern void hold_collect(Pool *pool, Hold *hold, TimestampTz expires_at);
 extern void hold_create(const Pool *pool, const Hold *hold, Jsonb *metadata);
 extern void hold_renew(const Pool *pool, const Hold *hold);

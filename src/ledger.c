@@ -46,27 +46,26 @@ static Statement append_new_reservation_statement =
 APPEND("$8", "pg_catalog.nextval('credit_lease.reservation_id_seq')");
 
 #define STATE_TYPES \
-	BOOLOID, INT4OID, TIMESTAMPTZOID, \
+	BOOLOID, TIMESTAMPTZOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
 
 static Statement change_statement = {
-	.sql = "UPDATE credit_lease.tranche t SET open = $3, open_tranches = $4, hold_expires_at = $5,"
-	" granted = $6, chunked = $7, reserved = $8, remaining = $9,"
-	" consumed = $10, expired = $11, returned = $12, revoked = $13"
+	.sql = "UPDATE credit_lease.tranche t SET open = $3, hold_expires_at = $4,"
+	" granted = $5, chunked = $6, reserved = $7, remaining = $8,"
+	" consumed = $9, expired = $10, returned = $11, revoked = $12"
 	" WHERE t.account = $1 AND t.ctid = $2 RETURNING t.ctid",
-	.nargs = 13,
+	.nargs = 12,
 	.argtypes = {TEXTOID, TIDOID, STATE_TYPES}
 };
 
 static Statement create_statement = {
-	.sql = "INSERT INTO credit_lease.tranche (account, credit, tranche_id,"
-	" open, open_tranches, hold_expires_at,"
+	.sql = "INSERT INTO credit_lease.tranche (account, credit, tranche_id, open, hold_expires_at,"
 	" granted, chunked, reserved, remaining, consumed, expired, returned, revoked,"
 	" kind, priority, expires_at, created_at)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'grant', $15, $16, $17)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 'grant', $14, $15, $16)"
 	" RETURNING ctid",
-	.nargs = 17,
+	.nargs = 16,
 	.argtypes = {TEXTOID, TEXTOID, INT8OID, STATE_TYPES,
 	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
@@ -157,10 +156,9 @@ add_instant(Parameters *parameters, TimestampTz instant)
 
 /* Adds the columns of a tranche that calls change. */
 static void
-add_state(Parameters *parameters, const Tranche *tranche, int open_tranches)
+add_state(Parameters *parameters, const Tranche *tranche)
 {
 	parameter_add(parameters, BoolGetDatum(tranche_is_open(tranche)));
-	parameter_add(parameters, Int32GetDatum(open_tranches));
 	add_instant(parameters, tranche->hold_expires_at);
 	for (int b = 0; b < BUCKETS; b++)
 		parameter_add_pointer(parameters, tranche->balance[b]);
@@ -224,15 +222,12 @@ ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 
 /*
  * ledger_save
- *		Writes the tranches that have changed since they were read or saved,
- *		or that do not know how many there are. What was moved must have been
- *		appended to the ledger.
+ *		Writes the tranches that have changed since they were read or saved.
+ *		What was moved must have been appended to the ledger.
  */
 void
 ledger_save(Pool *pool)
 {
-	int			open_tranches = pool_count_open(pool);
-
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		Tranche    *tranche = pool->tranche[i];
@@ -242,8 +237,7 @@ ledger_save(Pool *pool)
 
 		Assert(!is_changed(tranche, tranche->logged));
 		if (!is_changed(tranche, tranche->stored) &&
-			tranche->hold_expires_at == tranche->stored_hold_expires_at &&
-			(tranche->stored_open_tranches == open_tranches || !tranche_is_open(tranche)))
+			tranche->hold_expires_at == tranche->stored_hold_expires_at)
 			continue;
 
 		parameter_add_pointer(&parameters, pool->account);
@@ -254,7 +248,7 @@ ledger_save(Pool *pool)
 		}
 		else
 			parameter_add_pointer(&parameters, &tranche->tid);
-		add_state(&parameters, tranche, open_tranches);
+		add_state(&parameters, tranche);
 		if (tranche->is_new)
 		{
 			parameter_add(&parameters, Int32GetDatum(tranche->priority));
@@ -267,7 +261,6 @@ ledger_save(Pool *pool)
 		tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(0, 1, &isnull));
 		memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
 		tranche->stored_hold_expires_at = tranche->hold_expires_at;
-		tranche->stored_open_tranches = open_tranches;
 		tranche->is_new = false;
 	}
 }

@@ -3,8 +3,7 @@
  *		lease_topup(), lease_adjust() and lease_refund(): credit that comes in,
  *		is corrected, or comes back.
  *
- * Locks: the pool's tranches, then the key, then the refund counters. A
- * refund's tranches may be closed, and are locked among the open ones.
+ * Locks: the account, which topping up creates.
  */
 #include "postgres.h"
 
@@ -73,7 +72,7 @@ Datum
 lease_topup(PG_FUNCTION_ARGS)
 {
 	Request		request = {.kind = &kind_topup};
-	Pool		pool = {.lock = POOL_BY_CREDIT};
+	Pool		pool = {0};
 	Tranche    *tranche;
 	Numeric		amount;
 	TimestampTz expires_at;
@@ -109,7 +108,7 @@ lease_topup(PG_FUNCTION_ARGS)
 			ereport(ERROR,
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("expires_at must be in the future")));
-		reclaim_lock(&pool);
+		reclaim_lock(&pool, ACCOUNT_LOCK_OR_CREATE);
 		tranche = pool_add(&pool, amount, priority, expires_at);
 		first.entry_id = ledger_post(&pool, &request, &reservation_id);
 		first.tranche_id = tranche->tranche_id;
@@ -137,7 +136,7 @@ Datum
 lease_adjust(PG_FUNCTION_ARGS)
 {
 	Request		request = {0};
-	Pool		pool = {.lock = POOL_BY_CREDIT};
+	Pool		pool = {0};
 	Numeric		amount;
 	int64		reservation_id = NO_RESERVATION;
 	FirstCall	first = {0};
@@ -157,7 +156,7 @@ lease_adjust(PG_FUNCTION_ARGS)
 	request_add_text(&request, "reason", request.reason);
 	request_end_arguments(&request);
 
-	reclaim_lock(&pool);
+	reclaim_lock(&pool, amount_sign(amount) > 0 ? ACCOUNT_LOCK_OR_CREATE : ACCOUNT_LOCK);
 	if (amount_sign(amount) > 0)
 	{
 		request.kind = &kind_adjust_up;
@@ -299,7 +298,7 @@ Datum
 lease_refund(PG_FUNCTION_ARGS)
 {
 	Request		request = {.kind = &kind_refund};
-	Pool		pool = {.lock = POOL_WITH_CLOSED};
+	Pool		pool = {0};
 	ConsumedEntry *entries;
 	int			n;
 	int64		entry_id;
@@ -322,15 +321,13 @@ lease_refund(PG_FUNCTION_ARGS)
 	request_add_text(&request, "reason", request.reason);
 	request_end_arguments(&request);
 
+	account_lock(pool.account, ACCOUNT_LOCK, &pool.may_be_frozen);
 	n = find_consumed(pool.account, entry_id, &entries, &pool.credit);
 	pool.closed_ids = tranche_ids(entries, n);
-	reclaim_lock(&pool);
+	pool_read(&pool);
+	reclaim_lapsed(&pool);
 
-	/*
-	 * Under the lock, what has been refunded is final; and so is whether the
-	 * key has been used, which must be known before there is too little left.
-	 */
-	n = find_consumed(pool.account, entry_id, &entries, &pool.credit);
+	/* whether the key has been used must be known before there is too little left */
 	replayed = request_find_first(&request, false, &first);
 	if (!replayed)
 	{

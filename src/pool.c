@@ -1,18 +1,12 @@
 /*
  * pool.c
- *		The tranches of one pool: locking, checking and moving amounts.
+ *		The tranches of one pool: reading, checking and moving amounts.
  *
- * pool_lock() locks the open tranches of a pool in the order of tranche_id,
- * the same for everyone, and copies them; pool_move() and its friends change
- * the copies; ledger.c writes what changed. Locks are held until the end of
- * the transaction. A row that a concurrent transaction has changed since the
- * snapshot is read again at READ COMMITTED and is 40001 above it (rule 1).
- *
- * Tranches that came in while a call waited are not in its snapshot, but the
- * others say how many there are. The call then looks again, without waiting:
- * a refund may have opened one that comes before those it has locked, and who
- * has that may be waiting for them. What a transaction in progress has locked
- * does not count.
+ * pool_lock() locks the account (account.c) and copies the open tranches of a
+ * pool; pool_move() and its friends change the copies; ledger.c writes what
+ * changed. Under the account's lock the copies are what is committed, and stay
+ * it. Above READ COMMITTED the transaction's snapshot may be older than the
+ * lock: that a tranche has changed since, or come in, is 40001 (rule 1).
  *
  * Every row is proved when it is read and every move when it is made: a
  * negative or unbalanced amount is LC009 (rule 3).
@@ -20,6 +14,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
@@ -35,11 +30,23 @@
  * The row comes whole, as one column: the executor sets a statement up anew at
  * each call, and what that costs grows with the number of columns.
  */
-#define POOL_LOCK(credit, open, wait) \
-	"SELECT t.ctid, t, t.frozen OR EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)" \
-	" FROM credit_lease.tranche t" \
-	" WHERE t.account = $1 AND t.credit = " credit " AND " open \
-	" ORDER BY t.tranche_id FOR NO KEY UPDATE" wait
+#define OPEN_TRANCHES \
+	"SELECT t.ctid, t FROM credit_lease.tranche t" \
+	" WHERE t.account = $1 AND t.credit = $2 AND t.open"
+
+static Statement open_statement = {
+	.sql = OPEN_TRANCHES,
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
+
+static Statement with_closed_statement = {
+	.sql = OPEN_TRANCHES " UNION ALL "
+	"SELECT t.ctid, t FROM credit_lease.tranche t"
+	" WHERE t.account = $1 AND t.credit = $2 AND t.tranche_id = ANY ($3) AND NOT t.open",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, INT8ARRAYOID}
+};
 
 /* The columns of credit_lease.tranche, as its script orders them. */
 enum
@@ -54,44 +61,10 @@ enum
 	COLUMN_SERVER,
 	COLUMN_LEASE_ID,
 	COLUMN_OWNER,
-	COLUMN_FROZEN,
 	COLUMN_HOLD_EXPIRES_AT,
 	COLUMN_OPEN,
-	COLUMN_OPEN_TRANCHES,
 	COLUMN_BALANCE,
 	COLUMNS = COLUMN_BALANCE + BUCKETS
-};
-
-#define CREDIT_OF_RESERVATION \
-	"(SELECT h.credit FROM credit_lease.reservation h WHERE h.account = $1 AND h.reservation_id = $2)"
-
-#define POOL_LOCK_STATEMENTS(wait) \
-	{ \
-		[POOL_BY_CREDIT] = { \
-			.sql = POOL_LOCK("$2", "t.open", wait), \
-			.nargs = 2, \
-			.argtypes = {TEXTOID, TEXTOID} \
-		}, \
-		[POOL_BY_RESERVATION] = { \
-			.sql = POOL_LOCK(CREDIT_OF_RESERVATION, "t.open", wait), \
-			.nargs = 2, \
-			.argtypes = {TEXTOID, INT8OID} \
-		}, \
-		[POOL_WITH_CLOSED] = { \
-			.sql = POOL_LOCK("$2", "(t.open OR t.tranche_id = ANY ($3))", wait), \
-			.nargs = 3, \
-			.argtypes = {TEXTOID, TEXTOID, INT8ARRAYOID} \
-		} \
-	}
-
-static Statement lock_statement[POOL_LOCKS] = POOL_LOCK_STATEMENTS("");
-static Statement skip_locked_statement[POOL_LOCKS] = POOL_LOCK_STATEMENTS(" SKIP LOCKED");
-
-static Statement count_statement = {
-	.sql = "SELECT count(*)::integer FROM credit_lease.tranche t"
-	" WHERE t.account = $1 AND t.credit = $2 AND t.open",
-	.nargs = 2,
-	.argtypes = {TEXTOID, TEXTOID}
 };
 
 static Statement frozen_statement = {
@@ -189,7 +162,6 @@ read_tranche(const Pool *pool, uint64 row)
 	tranche->hold_expires_at = null[COLUMN_HOLD_EXPIRES_AT] ? DT_NOEND :
 		DatumGetTimestampTz(value[COLUMN_HOLD_EXPIRES_AT]);
 	tranche->stored_hold_expires_at = tranche->hold_expires_at;
-	tranche->stored_open_tranches = DatumGetInt32(value[COLUMN_OPEN_TRANCHES]);
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = DatumGetNumeric(value[COLUMN_BALANCE + i]);
 	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
@@ -212,28 +184,53 @@ compare_burn_order(const void *a, const void *b)
 	return x->tranche_id < y->tranche_id ? -1 : 1;
 }
 
-/* Locks and reads the tranches, and takes the time when that is done at first. */
+/*
+ * Raises 40001 unless the tranches that were read are what is committed: a
+ * snapshot that was taken before the account was locked may be out of date.
+ */
 static void
-read_pool(Pool *pool, Statement *statement)
+require_current(const Pool *pool, Statement *statement, Parameters *parameters)
 {
+	bool		current = (int) statement_execute_now(statement, parameters) == pool->ntranches;
+
+	for (int i = 0; current && i < pool->ntranches; i++)
+	{
+		bool		isnull;
+		ItemPointer tid = (ItemPointer) DatumGetPointer(statement_value(i, 1, &isnull));
+		int			n = 0;
+
+		while (n < pool->ntranches && !ItemPointerEquals(tid, &pool->tranche[n]->tid))
+			n++;
+		current = n < pool->ntranches;
+	}
+	if (!current)
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("could not serialize access due to concurrent update")));
+}
+
+/*
+ * pool_read
+ *		Reads the tranches of a pool whose account is locked. What was moved
+ *		and not yet written is forgotten.
+ */
+void
+pool_read(Pool *pool)
+{
+	Statement  *statement = pool->closed_ids ? &with_closed_statement : &open_statement;
 	Parameters	parameters = {0};
-	bool		isnull;
 
 	parameter_add_pointer(&parameters, pool->account);
-	if (pool->lock == POOL_BY_RESERVATION)
-		parameter_add(&parameters, Int64GetDatum(pool->reservation_id));
-	else
-		parameter_add_pointer(&parameters, pool->credit);
-	if (pool->lock == POOL_WITH_CLOSED)
+	parameter_add_pointer(&parameters, pool->credit);
+	if (pool->closed_ids)
 		parameter_add_pointer(&parameters, pool->closed_ids);
 
-	pool->ntranches = (int) statement_execute(&statement[pool->lock], &parameters);
+	pool->ntranches = (int) statement_execute(statement, &parameters);
 	/* one instant for the whole call: by a later one, its own hold might expire */
 	if (pool->now == 0)
 		pool->now = clock_now();
 	/* one to spare, for pool_add() */
 	pool->tranche = palloc(sizeof(Tranche *) * (pool->ntranches + 1));
-	pool->may_be_frozen = pool->ntranches == 0;
 	pool->may_have_lapsed = false;
 	pool->available = amount_zero();
 	pool->held = amount_zero();
@@ -243,7 +240,6 @@ read_pool(Pool *pool, Statement *statement)
 		Tranche    *tranche = read_tranche(pool, i);
 
 		pool->tranche[i] = tranche;
-		pool->may_be_frozen |= DatumGetBool(statement_value(i, 3, &isnull));
 		if (tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
 			pool->may_have_lapsed = true;
 		pool->held = amount_add(pool->held, tranche->balance[RESERVED]);
@@ -252,64 +248,20 @@ read_pool(Pool *pool, Statement *statement)
 	}
 	if (pool->ntranches > 1)
 		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
-}
-
-/* Returns whether the tranches that were read say that they are all. */
-static bool
-seems_whole(const Pool *pool)
-{
-	int			nopen = pool_count_open(pool);
-
-	for (int i = 0; i < pool->ntranches; i++)
-	{
-		if (tranche_is_open(pool->tranche[i]) && pool->tranche[i]->stored_open_tranches != nopen)
-			return false;
-	}
-	return true;
+	if (IsolationUsesXactSnapshot())
+		require_current(pool, statement, &parameters);
 }
 
 /*
  * pool_lock
- *		Locks and reads the pool's tranches, as the fields of pool say that
- *		were set before, and sets the others. Waits for whoever has one of
- *		them locked, unless the pool skips such rows.
+ *		Locks the account, see account_lock(), and reads the pool. An account
+ *		that is not there has an empty pool.
  */
 void
-pool_lock(Pool *pool)
+pool_lock(Pool *pool, AccountLock how)
 {
-	read_pool(pool, pool->skip_locked ? skip_locked_statement : lock_statement);
-	if (!pool->skip_locked && !seems_whole(pool))
-		pool_look_again(pool);
-}
-
-/*
- * pool_look_again
- *		Locks, without waiting, and reads what others have committed since the
- *		pool was locked. What was moved and not yet written is forgotten.
- */
-void
-pool_look_again(Pool *pool)
-{
-	read_pool(pool, skip_locked_statement);
-}
-
-/*
- * pool_is_whole
- *		Returns whether a pool that skips locked rows has all of its own.
- */
-bool
-pool_is_whole(const Pool *pool)
-{
-	Parameters	parameters = {0};
-	bool		isnull;
-
-	if (seems_whole(pool))
-		return true;
-
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
-	statement_execute(&count_statement, &parameters);
-	return DatumGetInt32(statement_value(0, 1, &isnull)) == pool_count_open(pool);
+	account_lock(pool->account, how, &pool->may_be_frozen);
+	pool_read(pool);
 }
 
 /* Returns whether something of a tranche is left, held or carved out. */
@@ -319,17 +271,6 @@ tranche_is_open(const Tranche *tranche)
 	return amount_sign(tranche->balance[REMAINING]) != 0 ||
 		amount_sign(tranche->balance[RESERVED]) != 0 ||
 		amount_sign(tranche->balance[CHUNKED]) != 0;
-}
-
-/* Returns how many of the locked tranches are open, as they are to be. */
-int
-pool_count_open(const Pool *pool)
-{
-	int			n = 0;
-
-	for (int i = 0; i < pool->ntranches; i++)
-		n += tranche_is_open(pool->tranche[i]);
-	return n;
 }
 
 /*
@@ -373,7 +314,7 @@ pool_get(const Pool *pool, int64 tranche_id)
 
 /*
  * pool_add
- *		Grants an amount as a new tranche, at most one for each pool_lock().
+ *		Grants an amount as a new tranche, at most one for each pool_read().
  *		The burn order takes no account of it.
  */
 Tranche *

@@ -5,6 +5,7 @@
 #include "storage/itemptr.h"
 #include "utils/array.h"
 
+#include "account.h"
 #include "amount.h"
 #include "compat.h"
 
@@ -24,7 +25,7 @@ typedef enum Bucket
 #define BUCKETS	(REVOKED + 1)
 
 /*
- * A locked tranche. An amount that did not change is the same pointer in all
+ * A tranche of a locked account. An amount that did not change is the same pointer in all
  * three arrays.
  */
 typedef struct Tranche
@@ -34,7 +35,6 @@ typedef struct Tranche
 	TimestampTz expires_at;		/* DT_NOEND for never */
 	TimestampTz hold_expires_at;	/* none of its holds expires earlier */
 	TimestampTz stored_hold_expires_at;
-	int32		stored_open_tranches;
 	ItemPointerData tid;		/* of the row */
 	bool		alive;			/* by the clock of the call */
 	bool		is_new;			/* not in the table yet */
@@ -44,28 +44,15 @@ typedef struct Tranche
 	Numeric		stored[BUCKETS];	/* as the table has it */
 } Tranche;
 
-/* Which tranches of a pool are locked. */
-typedef enum PoolLock
-{
-	POOL_BY_CREDIT,				/* the open ones */
-	POOL_BY_RESERVATION,		/* the open ones of the reservation's credit */
-	POOL_WITH_CLOSED			/* the open ones, and some that may be closed */
-} PoolLock;
-
-#define POOL_LOCKS	(POOL_WITH_CLOSED + 1)
-
-/* The tranches of one pool, locked, in the order in which they burn. */
+/* The tranches of one pool, in the order in which they burn. */
 typedef struct Pool
 {
-	PoolLock	lock;
-	bool		skip_locked;	/* passes over what others have locked */
 	text	   *account;
-	text	   *credit;			/* of POOL_BY_RESERVATION, set by the caller later */
-	int64		reservation_id; /* for POOL_BY_RESERVATION */
-	ArrayType  *closed_ids;		/* for POOL_WITH_CLOSED */
+	text	   *credit;
+	ArrayType  *closed_ids;		/* closed ones that are read as well, or NULL */
 
-	TimestampTz now;			/* when the first locks were there */
-	bool		may_be_frozen;	/* a freeze concerns the account */
+	TimestampTz now;			/* when it was first read, under the account's lock */
+	bool		may_be_frozen;	/* something of the account is frozen */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
 	Numeric		available;
 	Numeric		held;
@@ -73,10 +60,8 @@ typedef struct Pool
 	Tranche   **tranche;
 } Pool;
 
-extern void pool_lock(Pool *pool);
-extern void pool_look_again(Pool *pool);
-extern int	pool_count_open(const Pool *pool);
-extern bool pool_is_whole(const Pool *pool);
+extern void pool_lock(Pool *pool, AccountLock how);
+extern void pool_read(Pool *pool);
 extern bool pool_is_frozen(const Pool *pool);
 extern bool tranche_is_open(const Tranche *tranche);
 extern Tranche *pool_find(const Pool *pool, int64 tranche_id);

@@ -7,7 +7,7 @@
  * they have anyway: nobody depends on a sweep having come by (rule 7).
  *
  * lease_reclaim() sweeps every pool. It may run inside somebody's transaction,
- * or against one that locks pools in any order, so it never waits for a row:
+ * or against one that locks accounts in any order, so it never waits for one:
  * what is locked is left for the next time.
  */
 #include "postgres.h"
@@ -34,7 +34,7 @@
 const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
 static const EntryKind kind_expire_tranche = {.name = "expire", .bucket = EXPIRED};
 
-/* $3 and $4 are the pools that were found locked. */
+/* $3 and $4 are the pools that were passed over. */
 static Statement expired_pools_statement = {
 	.sql = "(SELECT r.account, r.credit FROM (SELECT h.account, h.credit"
 	"  FROM credit_lease.reservation h WHERE h.status = 'held' AND h.expires_at <= $1"
@@ -51,9 +51,8 @@ static Statement expired_pools_statement = {
 
 /*
  * Gives back at most limit expired holds of a locked pool and returns how
- * many. One that came from a tranche that is not locked is passed over. Each
- * has ledger entries of its own; the tranches are written once for all, and
- * know when the next hold expires.
+ * many. Each has ledger entries of its own; the tranches are written once for
+ * all, and know when the next hold expires.
  */
 static int
 give_back(Pool *pool, int limit)
@@ -61,7 +60,6 @@ give_back(Pool *pool, int limit)
 	const Request request = {.kind = &kind_expire_hold, .account = pool->account};
 	Hold	   *holds;
 	int			n = hold_find_lapsed(pool, limit, &holds);
-	int			given = 0;
 	TimestampTz next_expiry;
 
 	for (int i = 0; i < n; i++)
@@ -69,13 +67,10 @@ give_back(Pool *pool, int limit)
 		Hold	   *hold = &holds[i];
 
 		CHECK_FOR_INTERRUPTS();
-		if (!hold_is_locked(pool, hold))
-			continue;
 		hold_release(pool, hold, amount_zero());
 		hold->status = HOLD_EXPIRED;
 		hold->end_entry_id = ledger_append(pool, &request, &hold->reservation_id);
 		hold_end(pool, hold);
-		given++;
 	}
 
 	next_expiry = hold_next_expiry(pool);
@@ -85,7 +80,7 @@ give_back(Pool *pool, int limit)
 			pool->tranche[i]->hold_expires_at = next_expiry;
 	}
 	ledger_save(pool);
-	return given;
+	return n;
 }
 
 /*
@@ -99,11 +94,11 @@ give_back_batch(Pool *pool)
 	int			given;
 
 	statement_begin();
-	pool_look_again(&batch);
+	pool_read(&batch);
 	given = give_back(&batch, BATCH);
 	SPI_finish();
 
-	pool_look_again(pool);
+	pool_read(pool);
 	return given > 0;
 }
 
@@ -143,28 +138,24 @@ reclaim_lapsed(Pool *pool)
 
 /*
  * reclaim_lock
- *		Locks a pool, see pool_lock(), and does reclaim_lapsed().
+ *		Does pool_lock() and reclaim_lapsed().
  */
 void
-reclaim_lock(Pool *pool)
+reclaim_lock(Pool *pool, AccountLock how)
 {
-	pool_lock(pool);
+	pool_lock(pool, how);
 	reclaim_lapsed(pool);
 }
 
 /*
  * reclaim_cover
  *		Returns whether a locked pool has an amount available. Before it says
- *		no, it looks for what others have committed since, and gives all of
- *		the pool's expired holds back. Nothing may be moved and not saved.
+ *		no, it gives all of the pool's expired holds back. Nothing may be
+ *		moved and not saved.
  */
 bool
 reclaim_cover(Pool *pool, Numeric amount)
 {
-	if (amount_compare(pool->available, amount) >= 0)
-		return true;
-
-	pool_look_again(pool);
 	while (amount_compare(pool->available, amount) < 0 && pool->may_have_lapsed)
 	{
 		if (!give_back_batch(pool))
@@ -180,19 +171,14 @@ reclaim_cover(Pool *pool, Numeric amount)
 static bool
 sweep_pool(text *account, text *credit, int limit, int64 *given)
 {
-	Pool		pool = {
-		.lock = POOL_BY_CREDIT,
-		.skip_locked = true,
-		.account = account,
-		.credit = credit
-	};
+	Pool		pool = {.account = account, .credit = credit};
 	int			holds = 0;
 	bool		written_off = false;
 
 	statement_begin();
-	pool_lock(&pool);
-	if (pool_is_whole(&pool))
+	if (account_lock(account, ACCOUNT_LOCK_IF_FREE, &pool.may_be_frozen))
 	{
+		pool_read(&pool);
 		if (pool.may_have_lapsed)
 			holds = give_back(&pool, limit);
 		written_off = write_off(&pool);
@@ -247,7 +233,7 @@ sweep_pool_safely(text *account, text *credit, int limit, int64 *given)
 /*
  * lease_reclaim(max_rows)
  *		Gives back the expired holds of every pool, at most max_rows, and
- *		writes expired tranches off; returns the number of holds. Pools that
+ *		writes expired tranches off; returns the number of holds. Accounts that
  *		others have locked, or whose books do not balance, are left out.
  */
 PG_FUNCTION_INFO_V1(lease_reclaim);

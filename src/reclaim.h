@@ -6,7 +6,7 @@
 
 extern const EntryKind kind_expire_hold;
 
-extern void reclaim_lock(Pool *pool);
+extern void reclaim_lock(Pool *pool, AccountLock how);
 extern void reclaim_lapsed(Pool *pool);
 extern bool reclaim_cover(Pool *pool, Numeric amount);
 

@@ -3,10 +3,7 @@
  *		lease_reserve(), lease_try_reserve(), lease_settle(), lease_cancel()
  *		and lease_renew(): a hold from its beginning to its end.
  *
- * Locks: the pool's tranches, then the key (reserve) or the reservation's row
- * (the others). Those others know the pool only from the reservation, which
- * is therefore read, for its credit, before the locks, and read again, for
- * everything else, under them.
+ * Locks: the account.
  */
 #include "postgres.h"
 
@@ -112,34 +109,22 @@ is_alive(const Pool *pool, const Hold *hold)
 	return hold->status == HOLD_HELD && hold->expires_at > pool->now;
 }
 
-/*
- * Locks the pool of a reservation, reads the hold under the locks and sets
- * pool->credit. Raises LC003. A tranche that was made and drawn into the hold
- * after the snapshot of the first look is seen by the second.
- */
+/* Locks the account, and reads a hold and its pool. Raises LC003. */
 static void
-lock_hold(Pool *pool, Hold *hold)
+lock_hold(Pool *pool, int64 reservation_id, Hold *hold)
 {
-	for (int look = 0; look < 2; look++)
-	{
-		pool_lock(pool);
-		if (!hold_find(pool->account, pool->reservation_id, hold))
-			no_such_reservation(pool->account, pool->reservation_id);
-		pool->credit = hold->credit;
-		if (hold->status != HOLD_HELD || hold_is_locked(pool, hold))
-			return;
-	}
-	ereport(ERROR,
-			(errcode(ERRCODE_LEASE_BOOKS),
-			 errmsg("reservation " INT64_FORMAT " came from a tranche that is not there",
-					hold->reservation_id)));
+	account_lock(pool->account, ACCOUNT_LOCK, &pool->may_be_frozen);
+	if (!hold_find(pool->account, reservation_id, hold))
+		no_such_reservation(pool->account, reservation_id);
+	pool->credit = hold->credit;
+	pool_read(pool);
 }
 
 static Datum
 reserve(FunctionCallInfo fcinfo, bool try)
 {
 	Request		request = {.kind = &kind_reserve};
-	Pool		pool = {.lock = POOL_BY_CREDIT};
+	Pool		pool = {0};
 	Hold		hold = {.reservation_id = NEW_RESERVATION};
 	Numeric		amount;
 	Numeric		least;
@@ -171,7 +156,7 @@ reserve(FunctionCallInfo fcinfo, bool try)
 	request_add_amount(&request, "min_amount", min_amount);
 	request_end_arguments(&request);
 
-	reclaim_lock(&pool);
+	reclaim_lock(&pool, ACCOUNT_LOCK);
 	refused = !(reclaim_cover(&pool, amount) || reclaim_cover(&pool, least)) ||
 		pool_is_frozen(&pool);
 	if (!refused)
@@ -260,7 +245,8 @@ Datum
 lease_settle(PG_FUNCTION_ARGS)
 {
 	Request		request = {.kind = &kind_settle};
-	Pool		pool = {.lock = POOL_BY_RESERVATION};
+	Pool		pool = {0};
+	int64		reservation_id;
 	Hold		hold;
 	Numeric		amount;
 	Numeric		available;
@@ -272,14 +258,14 @@ lease_settle(PG_FUNCTION_ARGS)
 	bool		nulls[7] = {false};
 
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
-	pool.reservation_id = argument_id(fcinfo, 1, "reservation_id");
+	reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	amount = argument_optional_amount(fcinfo, 2, "amount", AMOUNT_NOT_NEGATIVE);
 	word = argument_text(fcinfo, 3, "overage");
 	overage = argument_word(word, "overage", overage_word, lengthof(overage_word));
 	request.metadata = argument_optional_jsonb(fcinfo, 4);
 	caller = statement_begin();
 
-	lock_hold(&pool, &hold);
+	lock_hold(&pool, reservation_id, &hold);
 	if (amount == NULL)
 		amount = hold.amount;
 
@@ -351,15 +337,16 @@ Datum
 lease_cancel(PG_FUNCTION_ARGS)
 {
 	Request		request = {0};
-	Pool		pool = {.lock = POOL_BY_RESERVATION};
+	Pool		pool = {0};
+	int64		reservation_id;
 	Hold		hold;
 	bool		given_back;
 
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
-	pool.reservation_id = argument_id(fcinfo, 1, "reservation_id");
+	reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	statement_begin();
 
-	lock_hold(&pool, &hold);
+	lock_hold(&pool, reservation_id, &hold);
 	if (is_alive(&pool, &hold))
 		reclaim_lapsed(&pool);
 	if (hold.status == HOLD_HELD)
@@ -388,7 +375,8 @@ Datum
 lease_renew(PG_FUNCTION_ARGS)
 {
 	Request		request = {.kind = &kind_renew};
-	Pool		pool = {.lock = POOL_BY_RESERVATION};
+	Pool		pool = {0};
+	int64		reservation_id;
 	Hold		hold;
 	Numeric		added;
 	Interval   *ttl;
@@ -397,12 +385,12 @@ lease_renew(PG_FUNCTION_ARGS)
 	bool		nulls[3] = {false};
 
 	request.account = pool.account = argument_text(fcinfo, 0, "account");
-	pool.reservation_id = argument_id(fcinfo, 1, "reservation_id");
+	reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	ttl = argument_optional_ttl(fcinfo, 2, "ttl", clock_now());
 	added = argument_amount(fcinfo, 3, "add_amount", AMOUNT_NOT_NEGATIVE);
 	caller = statement_begin();
 
-	lock_hold(&pool, &hold);
+	lock_hold(&pool, reservation_id, &hold);
 	if (!is_alive(&pool, &hold))
 		has_ended(&pool, &hold);
 	reclaim_lapsed(&pool);

@@ -13,6 +13,7 @@
 #include "access/htup_details.h"
 #include "funcapi.h"
 #include "nodes/parsenodes.h"
+#include "utils/snapmgr.h"
 
 #include "statement.h"
 
@@ -79,6 +80,22 @@ statement_end(MemoryContext caller, FunctionCallInfo fcinfo, Datum *values, bool
 	return result;
 }
 
+static void
+make_plan(Statement *statement)
+{
+	SPIPlanPtr	plan;
+
+	if (statement->plan)
+		return;
+	plan = SPI_prepare_cursor(statement->sql, statement->nargs, statement->argtypes,
+							  CURSOR_OPT_GENERIC_PLAN);
+	if (plan == NULL)
+		elog(ERROR, "could not prepare \"%s\": %s", statement->sql,
+			 SPI_result_code_string(SPI_result));
+	SPI_keepplan(plan);
+	statement->plan = plan;
+}
+
 /*
  * statement_execute
  *		Runs a statement and returns the number of rows it touched or
@@ -93,21 +110,28 @@ statement_execute(Statement *statement, Parameters *parameters)
 
 	Assert(parameters->n == statement->nargs);
 
-	if (statement->plan == NULL)
-	{
-		SPIPlanPtr	plan = SPI_prepare_cursor(statement->sql, statement->nargs,
-											  statement->argtypes,
-											  CURSOR_OPT_GENERIC_PLAN);
+	make_plan(statement);
+	result = SPI_execute_plan(statement->plan, parameters->value, parameters->null,
+							  statement->read_only, 0);
+	if (result < 0)
+		elog(ERROR, "could not execute \"%s\": %s", statement->sql,
+			 SPI_result_code_string(result));
+	return SPI_processed;
+}
 
-		if (plan == NULL)
-			elog(ERROR, "could not prepare \"%s\": %s", statement->sql,
-				 SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
-		statement->plan = plan;
-	}
+/*
+ * statement_execute_now
+ *		Runs a query that sees what is committed now, and what the call has
+ *		done so far, at every isolation level.
+ */
+uint64
+statement_execute_now(Statement *statement, Parameters *parameters)
+{
+	int			result;
 
-	result = SPI_execute_plan(statement->plan, parameters->value,
-							  parameters->null, statement->read_only, 0);
+	make_plan(statement);
+	result = SPI_execute_snapshot(statement->plan, parameters->value, parameters->null,
+								  GetLatestSnapshot(), InvalidSnapshot, false, false, 0);
 	if (result < 0)
 		elog(ERROR, "could not execute \"%s\": %s", statement->sql,
 			 SPI_result_code_string(result));

@@ -107,8 +107,14 @@ SELECT * FROM pg_temp.findings($$ UPDATE tranche SET hold_expires_at = '2030-01-
 
 -- A tranche that has gone, and one that nobody granted.
 SELECT * FROM pg_temp.findings('DELETE FROM tranche WHERE tranche_id = EXPIRED');
-SELECT * FROM pg_temp.findings($$ INSERT INTO tranche (account, credit, kind, priority, created_at, open, open_tranches, granted, remaining)
-	VALUES ('verify:1', 'tokens', 'grant', 100, now(), true, 1, 5, 5) $$);
+SELECT * FROM pg_temp.findings($$ INSERT INTO tranche (account, credit, kind, priority, created_at, open, granted, remaining)
+	VALUES ('verify:1', 'tokens', 'grant', 100, now(), true, 5, 5) $$);
+
+-- An account without the row by which it is locked, and freezes that no call
+-- would look for.
+SELECT * FROM pg_temp.findings($$ DELETE FROM account WHERE account = 'verify:1' $$);
+SELECT * FROM pg_temp.findings($$ UPDATE account SET frozen = true WHERE account = 'verify:1' $$);
+SELECT * FROM pg_temp.findings($$ INSERT INTO frozen_pool (account, credit, frozen_at) VALUES ('verify:1', 'tokens', now()) $$);
 
 --
 -- The holds (rule 4): the parts are what is held, and the entries say how each
@@ -121,7 +127,8 @@ SELECT change, f.* FROM (VALUES
 	(4, 'SET tranche_ids = ARRAY[EXPIRED] WHERE reservation_id = HELD'),
 	(5, $$SET status = 'cancelled' WHERE reservation_id = HELD$$),
 	(6, $$SET status = 'held' WHERE reservation_id = CANCELLED$$),
-	(7, 'SET consumed = 5, refunded = 5 WHERE reservation_id = SETTLED')
+	(7, 'SET consumed = 5, refunded = 5 WHERE reservation_id = SETTLED'),
+	(8, 'SET tranche_ids = ARRAY[USED_UP] WHERE reservation_id = SETTLED')
   ) v (n, change), LATERAL pg_temp.findings('UPDATE reservation ' || change) f
  ORDER BY n, rule COLLATE "C", expected;
 SELECT * FROM pg_temp.findings('DELETE FROM reservation WHERE reservation_id = SETTLED');

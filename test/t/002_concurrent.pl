@@ -126,21 +126,10 @@ for my $round (
 books_balance($node, '200 clients');
 
 # ---------------------------------------------------------------------------
-# A transaction may end in PREPARE.
+# A call that has waited sees what came in meanwhile.
 
 my $one = LeaseTest::Session->new($node);
 my $two = LeaseTest::Session->new($node);
-my $everything = q{
-	SELECT lease_consume(:account, 'tokens', 10, 'spend');
-	SELECT lease_topup(:account, 'tokens', 5, 'top');
-	SELECT lease_settle(:account, (lease_reserve(:account, 'tokens', 20)).reservation_id, 7);
-	SELECT lease_cancel(:account, (lease_reserve(:account, 'tokens', 20)).reservation_id);
-	SELECT lease_refund(:account, (lease_consume(:account, 'tokens', 20)).entry_id);
-	SELECT lease_reserve(:account, 'tokens', 3, '1 day', 'hold');
-	SELECT lease_adjust(:account, 'tokens', -1, 'so');
-};
-my $balance = "SELECT available, reserved, consumed FROM lease_balance(:account, 'tokens');";
-my $spend = "SELECT replayed FROM lease_consume(:account, 'tokens', 10, 'spend');";
 
 # Waits until a session waits for a lock of another.
 sub wait_for_lock
@@ -153,6 +142,55 @@ sub wait_for_lock
 		"another session waits: $query");
 	return;
 }
+
+for my $round (
+	# what comes in, what waits, its answer, and what it spent of which priority
+	[ 'credit that burns first', q{lease_topup('w', 'tokens', 5, priority => 1)}, 4, 't|4|11', '1|4' ],
+	[ 'credit that was short', q{lease_topup('w', 'tokens', 5, priority => 200)}, 12, 't|12|3', '100|10 200|2' ],
+	[
+		'all that there is now',
+		q{lease_consume('w', 'tokens', 10), lease_topup('w', 'tokens', 5, priority => 200)},
+		4, 't|4|1', '200|4'
+	],
+	[
+		'a refund',
+		q{lease_refund('w', (SELECT max(entry_id) FROM ledger WHERE account = 'w' AND kind = 'consume'))},
+		12, 't|12|8', '50|10 100|2'
+	])
+{
+	my ($name, $call, $amount, $answer, $spent) = @$round;
+	my $account = quoted("waits for $name");
+
+	$call =~ s/'w'/$account/g;
+	$one->run_safe("SELECT lease_topup($account, 'tokens', 10, priority => 50);"
+		. "SELECT lease_consume($account, 'tokens', 10), lease_topup($account, 'tokens', 10);");
+	$one->run_safe("BEGIN; SELECT $call;");
+	$two->begin("SELECT applied, amount, available FROM lease_try_consume($account, 'tokens', $amount, 'waits');");
+	wait_for_lock('lease_try_consume');
+	$one->run_safe('COMMIT;');
+	is(scalar $two->finish, $answer, "$name comes in: the answer");
+	is($two->run_safe(qq{
+		SELECT string_agg(t.priority || '|' || l.amount, ' ' ORDER BY t.priority)
+		  FROM ledger l JOIN tranche t USING (account, tranche_id)
+		 WHERE l.account = $account AND l.available = split_part('$answer', '|', 3)::numeric AND l.kind = 'consume';}),
+		$spent, "$name comes in: what was spent");
+}
+books_balance($node, 'after waiting');
+
+# ---------------------------------------------------------------------------
+# A transaction may end in PREPARE.
+
+my $everything = q{
+	SELECT lease_consume(:account, 'tokens', 10, 'spend');
+	SELECT lease_topup(:account, 'tokens', 5, 'top');
+	SELECT lease_settle(:account, (lease_reserve(:account, 'tokens', 20)).reservation_id, 7);
+	SELECT lease_cancel(:account, (lease_reserve(:account, 'tokens', 20)).reservation_id);
+	SELECT lease_refund(:account, (lease_consume(:account, 'tokens', 20)).entry_id);
+	SELECT lease_reserve(:account, 'tokens', 3, '1 day', 'hold');
+	SELECT lease_adjust(:account, 'tokens', -1, 'so');
+};
+my $balance = "SELECT available, reserved, consumed FROM lease_balance(:account, 'tokens');";
+my $spend = "SELECT replayed FROM lease_consume(:account, 'tokens', 10, 'spend');";
 
 for my $end ('ROLLBACK', 'COMMIT')
 {

@@ -65,7 +65,7 @@ my %weight = (
 	again => 12, bad => 3, clock => 6, reclaim => 3, begin => 4, look => 1);
 
 srand($seed);
-my $node = lease_cluster('model');
+my $node = lease_cluster('model', conf => 'restart_after_crash = on');
 my $session = LeaseTest::Session->new($node);
 my $world = LeaseModel->new(now => 0);
 my @nested;			# worlds to go back to, one for each BEGIN and SAVEPOINT
@@ -657,6 +657,27 @@ sub compare_entries
 	return @why;
 }
 
+# Keeps the last calls, for who has to find out.
+sub note_call
+{
+	my ($step, $sql) = @_;
+
+	push @log, "[$step] " . ('  ' x @nested) . "$sql;";
+	shift @log if @log > 40;
+	return;
+}
+
+# Runs SQL and returns what LeaseTest::Session::finish() does; a server that is
+# gone is a failure like any other.
+sub ask
+{
+	my ($step, $sql) = @_;
+	my @answer = eval { $session->run("$sql;") };
+
+	fail_step($step, "the session broke: $@" . $session->messages) if $@;
+	return @answer;
+}
+
 # Makes a call, in the database and in the model, and compares all there is.
 sub do_call
 {
@@ -672,11 +693,11 @@ sub do_call
 	my %got = (entries => [], swept => [], row => []);
 	my @why;
 
-	$session->begin("$sql;\n\\echo = :SQLSTATE\nEXECUTE state(" . quoted($name) . ", $account->{last_entry});");
-	my ($out, $state_ok) = $session->finish;
+	note_call($step, $sql);
+	my ($out, $state_ok) =
+	  ask($step, "$sql;\n\\echo = :SQLSTATE\nEXECUTE state(" . quoted($name) . ", $account->{last_entry})");
 	my ($answer, $sqlstate, $text) = $out =~ /^(.*?)\n?^= (\w{5})\n?(.*)$/ms or fail_step($step, "no answer: $out");
-	push @log, "[$step] " . ('  ' x @nested) . "$sql; -- $sqlstate $answer";
-	shift @log if @log > 40;
+	$log[-1] .= " -- $sqlstate $answer";
 	fail_step($step, 'the state could not be read: ' . $session->messages) if $state_ok ne '00000';
 
 	my $state = parse_state($text);
@@ -715,12 +736,8 @@ sub say_sql
 {
 	my ($step, $sql) = @_;
 
-	if ($sql !~ /^(SELECT|EXECUTE)/ || $sql =~ /lease_reclaim/)
-	{
-		push @log, "[$step] " . ('  ' x @nested) . "$sql;";
-		shift @log if @log > 40;
-	}
-	my ($out, $sqlstate) = $session->run("$sql;");
+	note_call($step, $sql) if $sql !~ /^(SELECT|EXECUTE)/ || $sql =~ /lease_reclaim/;
+	my ($out, $sqlstate) = ask($step, $sql);
 	fail_step($step, "$sqlstate " . $session->messages) if $sqlstate ne '00000';
 	return $out;
 }
