@@ -177,6 +177,15 @@ CREATE TABLE credit_lease.frozen_pool (
 );
 COMMENT ON TABLE credit_lease.frozen_pool IS 'pools that lease_freeze() has stopped; credit NULL for the whole account';
 
+CREATE TABLE credit_lease.set_aside (
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	failed_at timestamptz NOT NULL,
+	error text NOT NULL,
+	PRIMARY KEY (account, credit)
+);
+COMMENT ON TABLE credit_lease.set_aside IS 'pools that could not be swept because their books do not balance; tried again after a minute';
+
 CREATE TABLE credit_lease.policy (
 	account text COLLATE "C",
 	credit text COLLATE "C",
@@ -192,6 +201,7 @@ SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.ledger', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.refund', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.frozen_pool', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.set_aside', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.policy', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation_id_seq', '');
@@ -269,6 +279,26 @@ SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_
 COMMENT ON VIEW credit_lease.expired_hold IS 'holds that expired, whose, and how much came back';
 COMMENT ON COLUMN credit_lease.expired_hold.reclaimed_at IS 'when it was given back; NULL while nobody has come by';
 COMMENT ON COLUMN credit_lease.expired_hold.returned IS 'what came back to the pool; the rest was of tranches that had expired too';
+
+CREATE TYPE credit_lease.worker_result AS (running boolean, state text, pid integer, started_at timestamptz,
+	last_sweep timestamptz, holds bigint, last_error_at timestamptz, last_error text);
+COMMENT ON TYPE credit_lease.worker_result IS 'what lease_worker() returns';
+CREATE FUNCTION credit_lease.lease_worker() RETURNS credit_lease.worker_result
+	LANGUAGE c VOLATILE PARALLEL RESTRICTED AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_worker() IS 'what the background worker of this database tells of itself, or why there is none';
+
+CREATE VIEW credit_lease.worker_status AS
+SELECT w.running, w.state, w.pid, w.started_at, w.last_sweep, w.holds,
+	   coalesce(greatest(credit_lease.lease_clock() - o.expires_at, '0'), '0') AS lag,
+	   (SELECT count(*) FROM credit_lease.set_aside) AS set_aside,
+	   w.last_error_at, w.last_error
+  FROM credit_lease.lease_worker() w,
+	   (SELECT min(r.expires_at) FROM credit_lease.reservation r WHERE r.status = 'held') AS o (expires_at);
+COMMENT ON VIEW credit_lease.worker_status IS 'the background worker of this database: what it did last, or why none runs';
+COMMENT ON COLUMN credit_lease.worker_status.holds IS 'how many expired holds it has given back since it started';
+COMMENT ON COLUMN credit_lease.worker_status.lag IS 'how long ago the oldest hold expired that nobody has given back; 0 for none';
+COMMENT ON COLUMN credit_lease.worker_status.set_aside IS 'how many pools it leaves out because their books do not balance';
 
 -- The kind of an entry says from where to where its amount moves.
 CREATE VIEW credit_lease.movement AS
@@ -624,5 +654,5 @@ REVOKE ALL ON ALL TABLES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON TYPE credit_lease.topup_result, credit_lease.entry_result, credit_lease.consume_result,
-	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result FROM PUBLIC;
+	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result, credit_lease.worker_result FROM PUBLIC;
 REVOKE ALL ON SCHEMA credit_lease FROM PUBLIC;

@@ -8,13 +8,17 @@
 #ifndef CREDIT_LEASE_COMPAT_H
 #define CREDIT_LEASE_COMPAT_H
 
+#include "utils/acl.h"
 #include "utils/datetime.h"
 #include "utils/guc.h"
+#include "utils/wait_event.h"
 
 #if PG_VERSION_NUM >= 160000
 #include "varatt.h"
 #else
 #define guc_malloc(elevel, size) malloc(size)
+
+#define object_ownercheck(classid, objectid, roleid) pg_database_ownercheck(objectid, roleid)
 
 typedef struct DateTimeErrorExtra
 {
@@ -27,6 +31,10 @@ typedef struct DateTimeErrorExtra
 
 #if PG_VERSION_NUM < 180000
 #define pg_noreturn pg_attribute_noreturn()
+#endif
+
+#if PG_VERSION_NUM < 170000
+#define WaitEventExtensionNew(name) ((void) (name), PG_WAIT_EXTENSION)
 #endif
 
 #endif							/* CREDIT_LEASE_COMPAT_H */

@@ -13,6 +13,8 @@
  *	hold.c		the rows of reservations
  *	ledger.c	writing what was moved, to the ledger and to the tranches
  *	statement.c	kept SPI plans
+ *	worker.c, launcher.c, worker_state.c
+ *				the background worker of each database, who starts it, and what it tells
  *	amount.c, clock.c
  *				exact amounts, and the time
  *
@@ -22,9 +24,13 @@
 #include "postgres.h"
 
 #include "fmgr.h"
+#include "miscadmin.h"
 
 #include "clock.h"
 #include "compat.h"
+#include "launcher.h"
+#include "worker.h"
+#include "worker_state.h"
 
 PG_MODULE_MAGIC;
 
@@ -34,5 +40,13 @@ void
 _PG_init(void)
 {
 	clock_define_settings();
+	worker_define_settings();
+	worker_state_define_settings();
 	MarkGUCPrefixReserved("credit_lease");
+
+	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
+	{
+		worker_state_request();
+		launcher_register();
+	}
 }

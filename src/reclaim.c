@@ -28,25 +28,55 @@
 #include "reclaim.h"
 #include "statement.h"
 
+/* A pool that could not be swept is tried again after that. */
+#define SET_ASIDE_SECS	60
+
 /* How many holds are given back at a time, and by a call that is not short. */
 #define BATCH	1000
 
 const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
 static const EntryKind kind_expire_tranche = {.name = "expire", .bucket = EXPIRED};
 
-/* $3 and $4 are the pools that were passed over. */
+/*
+ * Pools with something that has expired by $1, and those that failed before $5
+ * and may be tried again; not the pools $3 and $4. The last column tells
+ * whether a pool had failed.
+ */
+#define PASSED_OVER(row) \
+	"(" row ".account, " row ".credit) IN (SELECT * FROM unnest($3, $4)) OR EXISTS (" \
+	"SELECT FROM credit_lease.set_aside s WHERE s.account = " row ".account AND s.credit = " row ".credit" \
+	" AND s.failed_at > $5)"
+
 static Statement expired_pools_statement = {
-	.sql = "(SELECT r.account, r.credit FROM (SELECT h.account, h.credit"
+	.sql = "SELECT p.account, p.credit, EXISTS (SELECT FROM credit_lease.set_aside s"
+	"  WHERE s.account = p.account AND s.credit = p.credit)"
+	" FROM ((SELECT r.account, r.credit FROM (SELECT h.account, h.credit"
 	"  FROM credit_lease.reservation h WHERE h.status = 'held' AND h.expires_at <= $1"
-	"  AND (h.account, h.credit) NOT IN (SELECT * FROM unnest($3, $4))"
+	"  AND NOT (" PASSED_OVER("h") ")"
 	"  ORDER BY h.expires_at LIMIT $2) r)"
 	" UNION "
 	"(SELECT t.account, t.credit FROM (SELECT e.account, e.credit"
 	"  FROM credit_lease.tranche e WHERE e.open AND e.expires_at <= $1 AND e.remaining <> 0"
-	"  AND (e.account, e.credit) NOT IN (SELECT * FROM unnest($3, $4))"
-	"  ORDER BY e.expires_at LIMIT $2) t)",
+	"  AND NOT (" PASSED_OVER("e") ")"
+	"  ORDER BY e.expires_at LIMIT $2) t)"
+	" UNION "
+	"(SELECT f.account, f.credit FROM credit_lease.set_aside f"
+	"  WHERE NOT (" PASSED_OVER("f") ") LIMIT $2)) p",
+	.nargs = 5,
+	.argtypes = {TIMESTAMPTZOID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID}
+};
+
+static Statement set_aside_statement = {
+	.sql = "INSERT INTO credit_lease.set_aside (account, credit, failed_at, error) VALUES ($1, $2, $3, $4)"
+	" ON CONFLICT (account, credit) DO UPDATE SET failed_at = excluded.failed_at, error = excluded.error",
 	.nargs = 4,
-	.argtypes = {TIMESTAMPTZOID, INT4OID, TEXTARRAYOID, TEXTARRAYOID}
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID}
+};
+
+static Statement take_back_statement = {
+	.sql = "DELETE FROM credit_lease.set_aside s WHERE s.account = $1 AND s.credit = $2",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
 };
 
 /*
@@ -165,24 +195,22 @@ reclaim_cover(Pool *pool, Numeric amount)
 }
 
 /*
- * Sweeps one pool: gives back at most limit holds, adding to *given, and writes
- * off what has expired. Returns whether there was anything that it could do.
+ * Sweeps one pool of a locked account: gives back at most limit holds, adding
+ * to *given, and writes off what has expired. Returns whether there was
+ * anything to do.
  */
 static bool
 sweep_pool(text *account, text *credit, int limit, int64 *given)
 {
 	Pool		pool = {.account = account, .credit = credit};
 	int			holds = 0;
-	bool		written_off = false;
+	bool		written_off;
 
 	statement_begin();
-	if (account_lock(account, ACCOUNT_LOCK_IF_FREE, &pool.may_be_frozen))
-	{
-		pool_read(&pool);
-		if (pool.may_have_lapsed)
-			holds = give_back(&pool, limit);
-		written_off = write_off(&pool);
-	}
+	pool_read(&pool);
+	if (pool.may_have_lapsed)
+		holds = give_back(&pool, limit);
+	written_off = write_off(&pool);
 	SPI_finish();
 
 	*given += holds;
@@ -190,15 +218,40 @@ sweep_pool(text *account, text *credit, int limit, int64 *given)
 }
 
 /*
- * Sweeps one pool, and warns instead of failing where its books do not balance:
- * the other pools must not wait for an operator.
+ * Sets a pool aside for a while and warns: the others must not wait for an
+ * operator. Its account is locked.
+ */
+static void
+set_aside(text *account, text *credit, const ErrorData *error)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, account);
+	parameter_add_pointer(&parameters, credit);
+	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+	parameter_add_pointer(&parameters, cstring_to_text(error->message));
+	statement_execute(&set_aside_statement, &parameters);
+	ereport(WARNING,
+			(errcode(error->sqlerrcode),
+			 errmsg("credit \"%s\" of account \"%s\" was not swept: %s",
+					text_to_cstring(credit), text_to_cstring(account), error->message)));
+}
+
+/*
+ * Sweeps one pool unless its account is locked, and sets it aside instead of
+ * failing where its books do not balance. Returns whether there was anything
+ * that it could do.
  */
 static bool
-sweep_pool_safely(text *account, text *credit, int limit, int64 *given)
+sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, int64 *given)
 {
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
 	volatile bool any = false;
+	bool		frozen;
+
+	if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &frozen))
+		return false;
 
 	BeginInternalSubTransaction(NULL);
 	MemoryContextSwitchTo(context);
@@ -206,6 +259,16 @@ sweep_pool_safely(text *account, text *credit, int limit, int64 *given)
 	{
 		any = sweep_pool(account, credit, limit, given);
 		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+		if (was_set_aside)
+		{
+			Parameters	parameters = {0};
+
+			parameter_add_pointer(&parameters, account);
+			parameter_add_pointer(&parameters, credit);
+			statement_execute(&take_back_statement, &parameters);
+		}
 	}
 	PG_CATCH();
 	{
@@ -219,14 +282,9 @@ sweep_pool_safely(text *account, text *credit, int limit, int64 *given)
 		CurrentResourceOwner = owner;
 		if (error->sqlerrcode != ERRCODE_LEASE_BOOKS)
 			ReThrowError(error);
-		ereport(WARNING,
-				(errcode(error->sqlerrcode),
-				 errmsg("credit \"%s\" of account \"%s\" was not swept: %s",
-						text_to_cstring(credit), text_to_cstring(account), error->message)));
+		set_aside(account, credit, error);
 	}
 	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
 	return any;
 }
 
@@ -268,6 +326,7 @@ lease_reclaim(PG_FUNCTION_ARGS)
 		parameter_add(&parameters, Int32GetDatum(Min(most - given, BATCH)));
 		parameter_add(&parameters, makeArrayResult(accounts, CurrentMemoryContext));
 		parameter_add(&parameters, makeArrayResult(credits, CurrentMemoryContext));
+		parameter_add(&parameters, TimestampTzGetDatum(now - SET_ASIDE_SECS * USECS_PER_SEC));
 		npools = (int) statement_execute(&expired_pools_statement, &parameters);
 		pools = SPI_tuptable;
 
@@ -276,10 +335,11 @@ lease_reclaim(PG_FUNCTION_ARGS)
 			bool		isnull;
 			Datum		account = SPI_getbinval(pools->vals[i], pools->tupdesc, 1, &isnull);
 			Datum		credit = SPI_getbinval(pools->vals[i], pools->tupdesc, 2, &isnull);
+			Datum		was_set_aside = SPI_getbinval(pools->vals[i], pools->tupdesc, 3, &isnull);
 
 			CHECK_FOR_INTERRUPTS();
 			if (!sweep_pool_safely(DatumGetTextPP(account), DatumGetTextPP(credit),
-								   (int) Min(most - given, BATCH), &given))
+								   DatumGetBool(was_set_aside), (int) Min(most - given, BATCH), &given))
 			{
 				accumArrayResult(accounts, account, false, TEXTOID, context);
 				accumArrayResult(credits, credit, false, TEXTOID, context);
