@@ -49,8 +49,9 @@ CREATE TABLE credit_lease.tranche (
 	priority integer NOT NULL,
 	created_at timestamptz NOT NULL,
 	expires_at timestamptz,
-	server text,
-	lease_id text,
+	server text COLLATE "C",
+	lease_id text COLLATE "C",
+	released_at timestamptz,
 	owner text,
 	hold_expires_at timestamptz,
 	open boolean NOT NULL,
@@ -65,14 +66,19 @@ CREATE TABLE credit_lease.tranche (
 	PRIMARY KEY (account, credit, tranche_id)
 ) WITH (fillfactor = 70);	-- room for HOT updates
 ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche_id;
--- Neither index holds a column that a spend changes, so that spends stay HOT.
+-- No index holds a column that a spend changes, so that spends stay HOT.
 CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, tranche_id) WHERE open;
 CREATE INDEX tranche_expiry ON credit_lease.tranche (expires_at) WHERE open;
+CREATE UNIQUE INDEX tranche_lease ON credit_lease.tranche (account, credit, lease_id) WHERE kind = 'upstream';
+CREATE INDEX tranche_slot ON credit_lease.tranche (account, credit, expires_at) WHERE kind = 'upstream';
 
 COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: granted = remaining + reserved + chunked + consumed + expired + returned + revoked';
-COMMENT ON COLUMN credit_lease.tranche.kind IS 'grant: topped up here';
+COMMENT ON COLUMN credit_lease.tranche.kind IS 'grant: topped up here; upstream: a lease, set aside for us by an upstream';
 COMMENT ON COLUMN credit_lease.tranche.priority IS 'the lowest burns first, then the soonest expiry, then the oldest';
 COMMENT ON COLUMN credit_lease.tranche.expires_at IS 'from this instant nothing of it can be spent; NULL for never';
+COMMENT ON COLUMN credit_lease.tranche.server IS 'the foreign server that a lease came from; NULL for one installed without';
+COMMENT ON COLUMN credit_lease.tranche.lease_id IS 'the upstream''s name of a lease; NULL for any other kind';
+COMMENT ON COLUMN credit_lease.tranche.released_at IS 'when a lease was released: since then nothing of it can be spent but what was held';
 COMMENT ON COLUMN credit_lease.tranche.hold_expires_at IS 'none of its holds expires earlier; NULL when it never had one';
 COMMENT ON COLUMN credit_lease.tranche.open IS 'something is left, held or carved out; only open tranches are read by calls';
 COMMENT ON COLUMN credit_lease.tranche.remaining IS 'can be spent or held, until expires_at';
@@ -80,10 +86,12 @@ COMMENT ON COLUMN credit_lease.tranche.reserved IS 'in holds';
 COMMENT ON COLUMN credit_lease.tranche.chunked IS 'carved out for owners';
 COMMENT ON COLUMN credit_lease.tranche.consumed IS 'spent, less refunds';
 COMMENT ON COLUMN credit_lease.tranche.expired IS 'was left when the tranche expired';
-COMMENT ON COLUMN credit_lease.tranche.returned IS 'given back to where it was leased';
+COMMENT ON COLUMN credit_lease.tranche.returned IS 'given back to where it was leased: what remained at the release, and what came back later';
 COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment';
 COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool can draw on';
 COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
+COMMENT ON INDEX credit_lease.tranche_lease IS 'a lease is installed once in its pool, for ever';
+COMMENT ON INDEX credit_lease.tranche_slot IS 'the leases of a pool that are alive, used up or not';
 
 CREATE TABLE credit_lease.reservation (
 	account text COLLATE "C" NOT NULL,
@@ -114,7 +122,7 @@ COMMENT ON COLUMN credit_lease.reservation.amount IS 'what is or was held, added
 COMMENT ON COLUMN credit_lease.reservation.tranche_ids IS 'the tranches it came from';
 COMMENT ON COLUMN credit_lease.reservation.tranche_amounts IS 'how much came from each of them';
 COMMENT ON COLUMN credit_lease.reservation.consumed IS 'spent by the settlement, overage included';
-COMMENT ON COLUMN credit_lease.reservation.refunded IS 'came back to what the pool can spend; what came back to an expired tranche did not';
+COMMENT ON COLUMN credit_lease.reservation.refunded IS 'came back to what the pool can spend; what came back to an expired or released tranche did not';
 COMMENT ON COLUMN credit_lease.reservation.shortfall IS 'asked for at settlement and not there';
 COMMENT ON COLUMN credit_lease.reservation.overage IS 'the overage word of the settlement';
 COMMENT ON COLUMN credit_lease.reservation.end_entry_id IS 'the first ledger entry of the call that ended it';
@@ -135,6 +143,7 @@ CREATE TABLE credit_lease.ledger (
 	amount numeric NOT NULL,
 	released numeric,
 	lapsed numeric,
+	returned numeric,
 	available numeric NOT NULL,
 	idempotency_key text COLLATE "C",
 	request jsonb,
@@ -147,10 +156,11 @@ ALTER SEQUENCE credit_lease.entry_id_seq OWNED BY credit_lease.ledger.entry_id;
 CREATE UNIQUE INDEX ledger_key ON credit_lease.ledger (account, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
 COMMENT ON TABLE credit_lease.ledger IS 'append-only: one row for each tranche that a call touched';
-COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, cancel, expire, refund or adjust';
-COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back; negative only where an adjustment took away';
+COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, cancel, expire, refund, adjust, install, extend or release';
+COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back, returned; negative only where an adjustment took away';
 COMMENT ON COLUMN credit_lease.ledger.released IS 'settle: what came back to the pool; negative for what was taken from it above the hold';
 COMMENT ON COLUMN credit_lease.ledger.lapsed IS 'what came back to the tranche after it had expired, and expired with it';
+COMMENT ON COLUMN credit_lease.ledger.returned IS 'what came back to the tranche after its lease was released, and was returned with it';
 COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call';
 COMMENT ON COLUMN credit_lease.ledger.idempotency_key IS 'on the first row of a call';
 COMMENT ON COLUMN credit_lease.ledger.request IS 'the arguments of a call with a key, as far as no other column has them';
@@ -239,7 +249,7 @@ lapsed AS (
 ),
 tranche AS (
 	SELECT t.*, coalesce(l.amount, 0) AS lapsed,
-		   t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock) AS alive
+		   t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock)) AS alive
 	  FROM credit_lease.tranche t
 	  LEFT JOIN lapsed l ON l.account = t.account AND l.credit = t.credit AND l.tranche_id = t.tranche_id
 )
@@ -248,7 +258,7 @@ SELECT account, credit,
 	   sum(reserved - lapsed) AS reserved,
 	   sum(chunked) AS chunked,
 	   sum(consumed) AS consumed,
-	   sum(expired) + coalesce(sum(remaining + lapsed) FILTER (WHERE NOT alive), 0) AS expired,
+	   sum(expired) + coalesce(sum(remaining + lapsed) FILTER (WHERE NOT alive AND released_at IS NULL), 0) AS expired,
 	   sum(granted) AS granted,
 	   min(expires_at) FILTER (WHERE alive AND remaining + lapsed > 0) AS next_expiry
   FROM tranche
@@ -261,8 +271,9 @@ CREATE VIEW credit_lease.open_lease AS
 SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
 	   t.granted, t.remaining, t.reserved, t.priority, t.expires_at
   FROM credit_lease.tranche t
- WHERE t.open AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()));
-COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up';
+ WHERE (t.open OR t.kind = 'upstream') AND t.released_at IS NULL
+   AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()));
+COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up, and leases that are, since they fill their slot';
 
 CREATE VIEW credit_lease.open_reservation AS
 SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_at, r.metadata
@@ -278,7 +289,7 @@ SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_
 	OR (r.status = 'held' AND r.expires_at <= (SELECT credit_lease.lease_clock()));
 COMMENT ON VIEW credit_lease.expired_hold IS 'holds that expired, whose, and how much came back';
 COMMENT ON COLUMN credit_lease.expired_hold.reclaimed_at IS 'when it was given back; NULL while nobody has come by';
-COMMENT ON COLUMN credit_lease.expired_hold.returned IS 'what came back to the pool; the rest was of tranches that had expired too';
+COMMENT ON COLUMN credit_lease.expired_hold.returned IS 'what came back to the pool; the rest was of tranches that had expired too, or been released';
 
 CREATE TYPE credit_lease.worker_result AS (running boolean, state text, pid integer, started_at timestamptz,
 	last_sweep timestamptz, holds bigint, last_error_at timestamptz, last_error text);
@@ -303,22 +314,23 @@ COMMENT ON COLUMN credit_lease.worker_status.set_aside IS 'how many pools it lea
 -- The kind of an entry says from where to where its amount moves.
 CREATE VIEW credit_lease.movement AS
 SELECT l.account, l.entry_id, l.credit, l.kind, l.tranche_id, l.reservation_id, l.first_entry_id, l.refund_of, l.created_at,
-	   CASE WHEN l.kind = 'topup' OR (l.kind = 'adjust' AND l.amount > 0) THEN l.amount ELSE 0 END AS granted,
+	   CASE WHEN l.kind IN ('topup', 'install', 'extend') OR (l.kind = 'adjust' AND l.amount > 0) THEN l.amount ELSE 0 END AS granted,
 	   CASE WHEN l.kind IN ('reserve', 'renew') THEN l.amount
-			WHEN l.kind = 'settle' THEN - (l.amount + a.released + a.lapsed)
+			WHEN l.kind = 'settle' THEN - (l.amount + a.released + a.lapsed + a.returned)
 			WHEN l.reservation_id IS NOT NULL THEN - l.amount
 			ELSE 0 END AS reserved,
-	   CASE WHEN l.kind IN ('topup', 'adjust') THEN l.amount
+	   CASE WHEN l.kind IN ('topup', 'adjust', 'install', 'extend') THEN l.amount
 			WHEN l.kind = 'settle' THEN a.released
-			WHEN l.kind IN ('cancel', 'refund') OR (l.kind = 'expire' AND l.reservation_id IS NOT NULL) THEN l.amount - a.lapsed
+			WHEN l.kind IN ('cancel', 'refund') OR (l.kind = 'expire' AND l.reservation_id IS NOT NULL) THEN l.amount - a.lapsed - a.returned
 			ELSE - l.amount END AS remaining,
 	   CASE WHEN l.kind IN ('consume', 'settle') THEN l.amount
 			WHEN l.kind = 'refund' THEN - l.amount
 			ELSE 0 END AS consumed,
 	   CASE WHEN l.kind = 'expire' AND l.reservation_id IS NULL THEN l.amount ELSE a.lapsed END AS expired,
+	   CASE WHEN l.kind = 'release' THEN l.amount ELSE a.returned END AS returned,
 	   CASE WHEN l.kind = 'adjust' AND l.amount < 0 THEN - l.amount ELSE 0 END AS revoked
   FROM credit_lease.ledger l,
-	   LATERAL (SELECT coalesce(l.released, 0), coalesce(l.lapsed, 0)) AS a (released, lapsed);
+	   LATERAL (SELECT coalesce(l.released, 0), coalesce(l.lapsed, 0), coalesce(l.returned, 0)) AS a (released, lapsed, returned);
 COMMENT ON VIEW credit_lease.movement IS 'what each ledger entry changed in each term of its tranche';
 
 CREATE VIEW credit_lease.usage_by_day AS
@@ -346,7 +358,10 @@ SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
 		('expired is not negative', greatest(t.expired, 0), t.expired),
 		('returned is not negative', greatest(t.returned, 0), t.returned),
 		('revoked is not negative', greatest(t.revoked, 0), t.revoked),
-		('open while something is left', (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0)::integer, t.open::integer)
+		('open while something is left', (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0)::integer, t.open::integer),
+		('a lease and nothing else has an id', (t.kind = 'upstream')::integer, (t.lease_id IS NOT NULL)::integer),
+		('a lease expires', (t.kind = 'upstream')::integer, (t.kind = 'upstream' AND t.expires_at IS NOT NULL)::integer),
+		('nothing remains of what is released', CASE WHEN t.released_at IS NULL THEN t.remaining ELSE 0 END, t.remaining)
 	   ) AS f (rule, expected, found)
  WHERE f.expected <> f.found
 UNION ALL
@@ -385,25 +400,25 @@ UNION ALL
 SELECT s.account, s.credit, s.tranche_id, f.rule, f.expected, f.found
   FROM (
 	SELECT u.account, u.credit, u.tranche_id,
-		   sum(u.l1) AS l1, sum(u.l2) AS l2, sum(u.l3) AS l3, sum(u.l4) AS l4, sum(u.l5) AS l5, sum(u.l6) AS l6,
+		   sum(u.l1) AS l1, sum(u.l2) AS l2, sum(u.l3) AS l3, sum(u.l4) AS l4, sum(u.l5) AS l5, sum(u.l6) AS l6, sum(u.l7) AS l7,
 		   sum(u.held) AS held,
-		   sum(u.t1) AS t1, sum(u.t2) AS t2, sum(u.t3) AS t3, sum(u.t4) AS t4, sum(u.t5) AS t5, sum(u.t6) AS t6
+		   sum(u.t1) AS t1, sum(u.t2) AS t2, sum(u.t3) AS t3, sum(u.t4) AS t4, sum(u.t5) AS t5, sum(u.t6) AS t6, sum(u.t7) AS t7
 	  FROM (
 		SELECT m.account, m.credit, m.tranche_id,
-			   m.granted, m.reserved, m.remaining, m.consumed, m.expired, m.revoked,
-			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
+			   m.granted, m.reserved, m.remaining, m.consumed, m.expired, m.returned, m.revoked,
+			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
 		  FROM credit_lease.movement m
 		UNION ALL
-		SELECT r.account, r.credit, p.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL,
-			   p.amount, NULL, NULL, NULL, NULL, NULL, NULL
+		SELECT r.account, r.credit, p.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+			   p.amount, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 		  FROM credit_lease.reservation r,
 			   unnest(r.tranche_ids, r.tranche_amounts) AS p (tranche_id, amount)
 		 WHERE r.status = 'held'
 		UNION ALL
-		SELECT t.account, t.credit, t.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL,
-			   NULL, t.granted, t.reserved, t.remaining, t.consumed, t.expired, t.revoked
+		SELECT t.account, t.credit, t.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+			   NULL, t.granted, t.reserved, t.remaining, t.consumed, t.expired, t.returned, t.revoked
 		  FROM credit_lease.tranche t
-	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, held, t1, t2, t3, t4, t5, t6)
+	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, l7, held, t1, t2, t3, t4, t5, t6, t7)
 	 GROUP BY u.account, u.credit, u.tranche_id
   ) AS s,
   LATERAL (VALUES
@@ -412,7 +427,8 @@ SELECT s.account, s.credit, s.tranche_id, f.rule, f.expected, f.found
 	('ledger sums to remaining', coalesce(s.l3, 0), s.t3),
 	('ledger sums to consumed', coalesce(s.l4, 0), s.t4),
 	('ledger sums to expired', coalesce(s.l5, 0), s.t5),
-	('ledger sums to revoked', coalesce(s.l6, 0), s.t6),
+	('ledger sums to returned', coalesce(s.l6, 0), s.t6),
+	('ledger sums to revoked', coalesce(s.l7, 0), s.t7),
 	('holds sum to reserved', coalesce(s.held, 0), s.t2)
   ) AS f (rule, expected, found)
  WHERE f.expected IS DISTINCT FROM f.found
@@ -626,6 +642,43 @@ CREATE FUNCTION credit_lease.lease_reclaim(max_rows integer DEFAULT NULL)
 	SET search_path = pg_catalog, pg_temp;
 COMMENT ON FUNCTION credit_lease.lease_reclaim(integer) IS
 	'sweeps now: gives expired holds back and writes expired tranches off; the number of holds given back';
+
+-- Upstream
+
+CREATE FUNCTION credit_lease.lease_install(account text, credit text, lease_id text, granted numeric,
+		expires_at timestamptz, server name DEFAULT NULL)
+	RETURNS boolean
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_install(text, text, text, numeric, timestamptz, name) IS
+	'adds a lease to a pool; false when a live one fills the server''s slot, or the pool has had this one';
+
+CREATE FUNCTION credit_lease.lease_extend(account text, credit text, lease_id text, granted_total numeric,
+		expires_at timestamptz DEFAULT NULL)
+	RETURNS boolean
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_extend(text, text, text, numeric, timestamptz) IS
+	'raises a live lease to the upstream''s total and lets it live longer; false when that changes nothing';
+
+CREATE FUNCTION credit_lease.lease_release(account text, credit text, lease_id text DEFAULT NULL)
+	RETURNS boolean
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_release(text, text, text) IS
+	'returns what remains of a live lease, or of all of a pool; false when there is none';
+
+-- Runs as whoever sets the options: it asks for his rights. CREATE SERVER calls
+-- it without EXECUTE.
+CREATE FUNCTION credit_lease.upstream_validator(text[], oid)
+	RETURNS void
+	LANGUAGE c STRICT AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.upstream_validator(text[], oid) IS
+	'checks the options of upstreams and of user mappings for them';
+
+CREATE FOREIGN DATA WRAPPER credit_lease VALIDATOR credit_lease.upstream_validator;
+COMMENT ON FOREIGN DATA WRAPPER credit_lease IS 'upstreams: the billing APIs that credit is leased from';
 
 -- Administration
 

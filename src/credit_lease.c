@@ -4,8 +4,9 @@
  *
  * How the sources hang together, from the caller down:
  *
- *	money_in.c, consume.c, reservation.c, reclaim.c, balance.c, admin.c
+ *	money_in.c, consume.c, reservation.c, lease.c, reclaim.c, balance.c, admin.c
  *				the SQL functions; reclaim.c also what calls give back themselves
+ *	upstream.c	the billing APIs: what CREATE SERVER may say of them
  *	argument.c	checks of what the caller passed, before anything is locked
  *	request.c	the idempotency key and what it stands for
  *	account.c	the lock of an account

@@ -347,8 +347,8 @@ find_part(const Hold *hold, int64 tranche_id)
 /*
  * hold_release
  *		Moves an amount of what is held to CONSUMED and gives the rest back to
- *		the tranches that it came from; what comes back to an expired one has
- *		expired with it (rule 8). Sets hold->consumed and hold->refunded.
+ *		the tranches that it came from, see pool_give_back(). Sets
+ *		hold->consumed and hold->refunded.
  *		Raises LC009 where one of those tranches is not open.
  */
 void
@@ -371,7 +371,7 @@ hold_release(Pool *pool, Hold *hold, Numeric consumed)
 		spent = amount_min(left, part);
 		rest = amount_subtract(part, spent);
 		pool_move(pool, tranche, RESERVED, CONSUMED, spent);
-		pool_move(pool, tranche, RESERVED, tranche->alive ? REMAINING : EXPIRED, rest);
+		pool_give_back(pool, tranche, RESERVED, rest);
 		left = amount_subtract(left, spent);
 		if (tranche->alive)
 			hold->refunded = amount_add(hold->refunded, rest);

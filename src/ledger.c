@@ -28,15 +28,15 @@
 	{ \
 		.sql = "INSERT INTO credit_lease.ledger (account, credit, kind, amount, released, lapsed, available," \
 		" tranche_id, reservation_id, idempotency_key, request, metadata, reason, created_at," \
-		" first_entry_id, parts, refund_of)" \
+		" first_entry_id, parts, refund_of, returned)" \
 		" VALUES ($1, $2, $3, $4, $5, $6, $7, " tranche_id ", " reservation_id "," \
-		" $10, $11, $12, $13, $14, $15, $16, $17)" \
+		" $10, $11, $12, $13, $14, $15, $16, $17, $18)" \
 		" ON CONFLICT (account, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING" \
 		" RETURNING entry_id, tranche_id, reservation_id", \
-		.nargs = 17, \
+		.nargs = 18, \
 		.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
 			INT8OID, INT8OID, TEXTOID, JSONBOID, JSONBOID, TEXTOID, TIMESTAMPTZOID, \
-			INT8OID, INT4OID, INT8OID} \
+			INT8OID, INT4OID, INT8OID, NUMERICOID} \
 	}
 
 static Statement append_statement = APPEND("$8", "$9");
@@ -62,12 +62,20 @@ static Statement change_statement = {
 static Statement create_statement = {
 	.sql = "INSERT INTO credit_lease.tranche (account, credit, tranche_id, open, hold_expires_at,"
 	" granted, chunked, reserved, remaining, consumed, expired, returned, revoked,"
-	" kind, priority, expires_at, created_at)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 'grant', $14, $15, $16)"
+	" priority, expires_at, created_at, kind, server, lease_id)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)"
 	" RETURNING ctid",
-	.nargs = 16,
+	.nargs = 19,
 	.argtypes = {TEXTOID, TEXTOID, INT8OID, STATE_TYPES,
-	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* What only a lease changes is no part of the statement that every spend runs. */
+static Statement change_lease_statement = {
+	.sql = "UPDATE credit_lease.tranche t SET expires_at = $3, released_at = $4"
+	" WHERE t.account = $1 AND t.ctid = $2 RETURNING t.ctid",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
 
 /* Returns what the ledger does not know yet of a term's change, NULL for none. */
@@ -143,6 +151,7 @@ add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 		parameter_add(parameters, Int64GetDatum(tranche->refund_of));
 	else
 		parameter_add_null(parameters);
+	parameter_add_pointer(parameters, request->kind->bucket != RETURNED ? change(tranche, RETURNED) : NULL);
 }
 
 static void
@@ -220,6 +229,61 @@ ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 	return first_entry_id;
 }
 
+/* Runs a statement that writes a tranche, and keeps where its row is now. */
+static void
+write_tranche(const Pool *pool, Tranche *tranche, Statement *statement, Parameters *parameters)
+{
+	bool		isnull;
+
+	if (statement_execute(statement, parameters) != 1)
+		changed_behind(pool, tranche);
+	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(0, 1, &isnull));
+}
+
+static void
+create_tranche(const Pool *pool, Tranche *tranche)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
+	add_state(&parameters, tranche);
+	parameter_add(&parameters, Int32GetDatum(tranche->priority));
+	add_instant(&parameters, tranche->expires_at);
+	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
+	parameter_add_pointer(&parameters, cstring_to_text(tranche->lease_id ? "upstream" : "grant"));
+	parameter_add_pointer(&parameters, tranche->server);
+	parameter_add_pointer(&parameters, tranche->lease_id);
+	write_tranche(pool, tranche, &create_statement, &parameters);
+	tranche->is_new = false;
+}
+
+static void
+change_tranche(const Pool *pool, Tranche *tranche)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, &tranche->tid);
+	add_state(&parameters, tranche);
+	write_tranche(pool, tranche, &change_statement, &parameters);
+}
+
+static void
+change_lease(const Pool *pool, Tranche *tranche)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, &tranche->tid);
+	add_instant(&parameters, tranche->expires_at);
+	add_instant(&parameters, tranche->released_at);
+	write_tranche(pool, tranche, &change_lease_statement, &parameters);
+	tranche->stored_expires_at = tranche->expires_at;
+	tranche->stored_released_at = tranche->released_at;
+}
+
 /*
  * ledger_save
  *		Writes the tranches that have changed since they were read or saved.
@@ -231,37 +295,21 @@ ledger_save(Pool *pool)
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		Tranche    *tranche = pool->tranche[i];
-		Statement  *statement = tranche->is_new ? &create_statement : &change_statement;
-		Parameters	parameters = {0};
-		bool		isnull;
 
 		Assert(!is_changed(tranche, tranche->logged));
-		if (!is_changed(tranche, tranche->stored) &&
-			tranche->hold_expires_at == tranche->stored_hold_expires_at)
-			continue;
-
-		parameter_add_pointer(&parameters, pool->account);
-		if (tranche->is_new)
+		if (is_changed(tranche, tranche->stored) ||
+			tranche->hold_expires_at != tranche->stored_hold_expires_at)
 		{
-			parameter_add_pointer(&parameters, pool->credit);
-			parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
+			if (tranche->is_new)
+				create_tranche(pool, tranche);
+			else
+				change_tranche(pool, tranche);
+			memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
+			tranche->stored_hold_expires_at = tranche->hold_expires_at;
 		}
-		else
-			parameter_add_pointer(&parameters, &tranche->tid);
-		add_state(&parameters, tranche);
-		if (tranche->is_new)
-		{
-			parameter_add(&parameters, Int32GetDatum(tranche->priority));
-			add_instant(&parameters, tranche->expires_at);
-			parameter_add(&parameters, TimestampTzGetDatum(pool->now));
-		}
-
-		if (statement_execute(statement, &parameters) != 1)
-			changed_behind(pool, tranche);
-		tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(0, 1, &isnull));
-		memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
-		tranche->stored_hold_expires_at = tranche->hold_expires_at;
-		tranche->is_new = false;
+		if (tranche->expires_at != tranche->stored_expires_at ||
+			tranche->released_at != tranche->stored_released_at)
+			change_lease(pool, tranche);
 	}
 }
 

@@ -24,8 +24,6 @@ static const EntryKind kind_adjust_up = {.name = "adjust", .bucket = GRANTED};
 static const EntryKind kind_adjust_down = {.name = "adjust", .bucket = REVOKED, .negated = true};
 static const EntryKind kind_refund = {.name = "refund", .bucket = CONSUMED, .negated = true};
 
-#define DEFAULT_PRIORITY	100
-
 /*
  * Every entry of the call to which entry $2 belongs, in burn order, with what
  * it consumed and how much of that was refunded.
@@ -289,9 +287,8 @@ spread_refund(ConsumedEntry *entries, int n, int64 entry_id, Numeric amount)
 /*
  * lease_refund(account, entry_id, amount, reason, idempotency_key)
  *		Gives back an amount of what the call of an entry consumed, to the
- *		tranches that it came from; what comes back to an expired one has
- *		expired with it (rule 8). Raises LC002, LC003, LC005 where that much is
- *		not left to refund, and LC009.
+ *		tranches that it came from, see pool_give_back(). Raises LC002, LC003,
+ *		LC005 where that much is not left to refund, and LC009.
  */
 PG_FUNCTION_INFO_V1(lease_refund);
 Datum
@@ -336,8 +333,7 @@ lease_refund(PG_FUNCTION_ARGS)
 		{
 			Tranche    *tranche = pool_get(&pool, entries[i].tranche_id);
 
-			pool_move(&pool, tranche, CONSUMED, tranche->alive ? REMAINING : EXPIRED,
-					  entries[i].refund);
+			pool_give_back(&pool, tranche, CONSUMED, entries[i].refund);
 			tranche->refund_of = entries[i].entry_id;
 		}
 		first.entry_id = ledger_post(&pool, &request, &reservation_id);

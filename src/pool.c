@@ -60,6 +60,7 @@ enum
 	COLUMN_EXPIRES_AT,
 	COLUMN_SERVER,
 	COLUMN_LEASE_ID,
+	COLUMN_RELEASED_AT,
 	COLUMN_OWNER,
 	COLUMN_HOLD_EXPIRES_AT,
 	COLUMN_OPEN,
@@ -112,6 +113,12 @@ books_do_not_balance(const Pool *pool, const Tranche *tranche)
 			 errhint("See credit_lease.lease_verify(); nothing was changed.")));
 }
 
+static bool
+is_released(const Tranche *tranche)
+{
+	return !TIMESTAMP_IS_NOEND(tranche->released_at);
+}
+
 /* Raises LC009 unless the tranche's amounts are what rules 2 and 3 allow. */
 static void
 check_tranche(const Pool *pool, const Tranche *tranche)
@@ -129,8 +136,22 @@ check_tranche(const Pool *pool, const Tranche *tranche)
 			books_do_not_balance(pool, tranche);
 	}
 	if (amount_compare(sum, tranche->balance[GRANTED]) != 0 ||
-		numeric_is_nan(sum) || numeric_is_inf(sum))
+		numeric_is_nan(sum) || numeric_is_inf(sum) ||
+		(is_released(tranche) && amount_sign(tranche->balance[REMAINING]) != 0))
 		books_do_not_balance(pool, tranche);
+}
+
+/* Returns a column's instant, DT_NOEND for null. */
+static TimestampTz
+read_instant(const Datum *value, const bool *null, int column)
+{
+	return null[column] ? DT_NOEND : DatumGetTimestampTz(value[column]);
+}
+
+static text *
+read_text(const Datum *value, const bool *null, int column)
+{
+	return null[column] ? NULL : DatumGetTextPP(value[column]);
 }
 
 static Tranche *
@@ -156,12 +177,15 @@ read_tranche(const Pool *pool, uint64 row)
 
 	tranche->tranche_id = DatumGetInt64(value[COLUMN_TRANCHE_ID]);
 	tranche->priority = DatumGetInt32(value[COLUMN_PRIORITY]);
-	tranche->expires_at = null[COLUMN_EXPIRES_AT] ? DT_NOEND :
-		DatumGetTimestampTz(value[COLUMN_EXPIRES_AT]);
-	tranche->alive = tranche->expires_at > pool->now;
-	tranche->hold_expires_at = null[COLUMN_HOLD_EXPIRES_AT] ? DT_NOEND :
-		DatumGetTimestampTz(value[COLUMN_HOLD_EXPIRES_AT]);
-	tranche->stored_hold_expires_at = tranche->hold_expires_at;
+	tranche->expires_at = tranche->stored_expires_at =
+		read_instant(value, null, COLUMN_EXPIRES_AT);
+	tranche->server = read_text(value, null, COLUMN_SERVER);
+	tranche->lease_id = read_text(value, null, COLUMN_LEASE_ID);
+	tranche->released_at = tranche->stored_released_at =
+		read_instant(value, null, COLUMN_RELEASED_AT);
+	tranche->alive = tranche->expires_at > pool->now && !is_released(tranche);
+	tranche->hold_expires_at = tranche->stored_hold_expires_at =
+		read_instant(value, null, COLUMN_HOLD_EXPIRES_AT);
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = DatumGetNumeric(value[COLUMN_BALANCE + i]);
 	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
@@ -315,7 +339,8 @@ pool_get(const Pool *pool, int64 tranche_id)
 /*
  * pool_add
  *		Grants an amount as a new tranche, at most one for each pool_read().
- *		The burn order takes no account of it.
+ *		The burn order takes no account of it. It is no lease, unless the
+ *		caller makes it one.
  */
 Tranche *
 pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at)
@@ -323,18 +348,25 @@ pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at)
 	Tranche    *tranche = palloc0(sizeof(Tranche));
 
 	tranche->priority = priority;
-	tranche->expires_at = expires_at;
+	tranche->expires_at = tranche->stored_expires_at = expires_at;
+	tranche->released_at = tranche->stored_released_at = DT_NOEND;
 	tranche->hold_expires_at = tranche->stored_hold_expires_at = DT_NOEND;
 	tranche->alive = true;
 	tranche->is_new = true;
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = tranche->logged[i] = tranche->stored[i] = amount_zero();
-	tranche->balance[GRANTED] = amount;
-	tranche->balance[REMAINING] = amount;
-
 	pool->tranche[pool->ntranches++] = tranche;
-	pool->available = amount_add(pool->available, amount);
+	pool_grant(pool, tranche, amount);
 	return tranche;
+}
+
+/* Grants an amount to a tranche that is alive. */
+void
+pool_grant(Pool *pool, Tranche *tranche, Numeric amount)
+{
+	tranche->balance[GRANTED] = amount_add(tranche->balance[GRANTED], amount);
+	tranche->balance[REMAINING] = amount_add(tranche->balance[REMAINING], amount);
+	pool->available = amount_add(pool->available, amount);
 }
 
 /*
@@ -359,6 +391,25 @@ pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount)
 		pool->available = amount_add(pool->available, amount);
 	if (from == RESERVED)
 		pool->held = amount_subtract(pool->held, amount);
+}
+
+/*
+ * pool_give_back
+ *		Moves an amount back to what a tranche has left (rule 8). To one that
+ *		has expired it comes back too late, and expires; to a lease that was
+ *		released it comes back to be returned, as the rest of it was, and is
+ *		no more ours to spend.
+ */
+void
+pool_give_back(Pool *pool, Tranche *tranche, Bucket from, Numeric amount)
+{
+	Bucket		to = EXPIRED;
+
+	if (is_released(tranche))
+		to = RETURNED;
+	else if (tranche->alive)
+		to = REMAINING;
+	pool_move(pool, tranche, from, to, amount);
 }
 
 /*

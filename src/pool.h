@@ -24,6 +24,9 @@ typedef enum Bucket
 
 #define BUCKETS	(REVOKED + 1)
 
+/* Where the caller does not say. */
+#define DEFAULT_PRIORITY	100
+
 /*
  * A tranche of a locked account. An amount that did not change is the same pointer in all
  * three arrays.
@@ -33,10 +36,15 @@ typedef struct Tranche
 	int64		tranche_id;		/* 0 until a new one has its ledger entry */
 	int32		priority;
 	TimestampTz expires_at;		/* DT_NOEND for never */
+	TimestampTz stored_expires_at;
+	text	   *server;			/* whose lease it is; NULL for none */
+	text	   *lease_id;		/* NULL for what is no lease */
+	TimestampTz released_at;	/* DT_NOEND while it is not */
+	TimestampTz stored_released_at;
 	TimestampTz hold_expires_at;	/* none of its holds expires earlier */
 	TimestampTz stored_hold_expires_at;
 	ItemPointerData tid;		/* of the row */
-	bool		alive;			/* by the clock of the call */
+	bool		alive;			/* by the clock of the call, and not released */
 	bool		is_new;			/* not in the table yet */
 	int64		refund_of;		/* the entry that a refund gives back, or 0 */
 	Numeric		balance[BUCKETS];	/* as it is to be */
@@ -67,7 +75,9 @@ extern bool tranche_is_open(const Tranche *tranche);
 extern Tranche *pool_find(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_get(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at);
+extern void pool_grant(Pool *pool, Tranche *tranche, Numeric amount);
 extern void pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount);
+extern void pool_give_back(Pool *pool, Tranche *tranche, Bucket from, Numeric amount);
 extern void pool_take(Pool *pool, Numeric amount, Bucket to);
 pg_noreturn extern void pool_refuse(const Pool *pool, Numeric requested);
 pg_noreturn extern void pool_refuse_short(const Pool *pool, Numeric requested);

@@ -4,7 +4,7 @@
 #include "executor/spi.h"
 #include "fmgr.h"
 
-#define STATEMENT_MAX_ARGS	18
+#define STATEMENT_MAX_ARGS	19
 
 /*
  * One SQL statement and its kept plan. Declared static where it is used; what

@@ -84,7 +84,7 @@ sub _sweep
 	for my $tranche (values %{ $account->{tranche} })
 	{
 		next if $self->_alive($tranche);
-		$tranche->{expired} += $tranche->{remaining};
+		$tranche->{ $tranche->{released} ? 'returned' : 'expired' } += $tranche->{remaining};
 		$tranche->{remaining} = 0;
 	}
 	return;
@@ -94,7 +94,7 @@ sub _alive
 {
 	my ($self, $tranche) = @_;
 
-	return !defined $tranche->{expires_at} || $tranche->{expires_at} > $self->{now};
+	return !$tranche->{released} && (!defined $tranche->{expires_at} || $tranche->{expires_at} > $self->{now});
 }
 
 # Ends a hold: spends an amount of it in burn order, the rest returns to the
@@ -203,6 +203,7 @@ sub _grant
 		reserved => 0,
 		consumed => 0,
 		expired => 0,
+		returned => 0,
 		revoked => 0,
 		%params
 	};
@@ -401,11 +402,12 @@ sub _refund
 		$rest -= $back;
 		$part->{refunded} += $back;
 		$tranche->{consumed} -= $back;
-		$tranche->{ $self->_alive($tranche) ? 'remaining' : 'expired' } += $back;
+		$tranche->{remaining} += $back;
 		push @rows, [ $tranche, $back, -$back ];
 	}
 
 	my $credit = $of->{parts}[0]{tranche}{credit};
+	$self->_sweep($account);	# what returned to an expired tranche
 	my $entry = $self->_entries($account, $got, 'refund', \@rows, credit => $credit);
 	my @row = ($entry, $amount, $self->available($call->{account}, $credit));
 	_remember($account, $call, row => \@row);
@@ -578,6 +580,77 @@ sub _renew
 		credit => $hold->{credit},
 		reservation_id => $hold->{id});
 	return { row => [ $hold->{id}, $hold->{amount}, $hold->{expires_at} ] };
+}
+
+# Returns the leases of a pool that are alive, with an id if there is one.
+sub _leases
+{
+	my ($self, $account, $call) = @_;
+
+	return grep {
+			 defined $_->{lease_id}
+		  && $self->_alive($_)
+		  && (!defined $call->{lease_id} || $_->{lease_id} eq $call->{lease_id})
+	} _pool($account, $call->{credit});
+}
+
+sub _install
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my $id = $got->{entries}[0] ? $got->{entries}[0]{tranche_id} : undef;
+
+	return _refused('22023') if $call->{expires_at} <= $self->{now};
+	for my $tranche (grep { defined $_->{lease_id} } _pool($account, $call->{credit}))
+	{
+		return { row => ['f'] } if $tranche->{lease_id} eq $call->{lease_id};
+		return { row => ['f'] }
+		  if $self->_alive($tranche) && ($tranche->{server} // '') eq ($call->{server} // '');
+	}
+
+	my $tranche = $self->_grant($account, $id,
+		credit => $call->{credit},
+		amount => $call->{granted},
+		priority => 100,
+		map { $_ => $call->{$_} } qw(lease_id server expires_at));
+	$self->_entries($account, $got, 'install', [ [ $tranche, $call->{granted}, 0 ] ], credit => $call->{credit});
+	return { row => ['t'] };
+}
+
+sub _extend
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my ($lease) = $self->_leases($account, $call);
+	my $changed = 'f';
+
+	return { row => ['f'] } if !$lease;
+	if (($call->{expires_at} // 0) > $lease->{expires_at})
+	{
+		$lease->{expires_at} = $call->{expires_at};
+		$changed = 't';
+	}
+	my $more = $call->{granted_total} - $lease->{granted};
+	if ($more > 0)
+	{
+		$lease->{$_} += $more for qw(granted remaining);
+		$self->_entries($account, $got, 'extend', [ [ $lease, $more, 0 ] ], credit => $call->{credit});
+		$changed = 't';
+	}
+	return { row => [$changed] };
+}
+
+sub _release
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my @leases = $self->_leases($account, $call);
+	my @rows = map { [ $_, $_->{remaining}, 0 ] } grep { $_->{remaining} > 0 } @leases;
+
+	$_->{released} = 1 for @leases;
+	$self->_sweep($account);
+	$self->_entries($account, $got, 'release', \@rows, credit => $call->{credit}) if @rows;
+	return { row => [ @leases ? 't' : 'f' ] };
 }
 
 sub _freeze

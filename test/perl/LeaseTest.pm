@@ -216,6 +216,19 @@ SELECT lease_try_reserve('acct:' || :a, 'tokens', 0.25, '1 ms');
 SELECT lease_topup('acct:' || :a, 'tokens', 1);
 COMMIT;
 },
+		# answers of an upstream: late, twice and out of order, while leases expire and
+		# are released
+		'install@3' => $any . q{
+SELECT lease_install('acct:' || :a, 'tokens', 'lease ' || :m, :n, clock_timestamp() + :n * interval '50 ms');
+},
+		'extend@4' => $any . q{
+SELECT lease_extend('acct:' || :a, 'tokens', 'lease ' || :m, :n * 2, clock_timestamp() + :n * interval '50 ms');
+SELECT lease_extend('acct:' || :a, 'tokens', lease_id, greatest(granted + :n - 10, 1), expires_at + interval '10 ms')
+	FROM (SELECT lease_id, granted, expires_at FROM open_lease WHERE account = 'acct:' || :a AND kind = 'upstream' LIMIT 1) l;
+},
+		'release@1' => $any . q{
+SELECT lease_release('acct:' || :a, 'tokens', CASE WHEN :n % 2 = 0 THEN 'lease ' || :m END);
+},
 		'sweep@2' => q{
 SELECT lease_reclaim(50);
 },

@@ -65,6 +65,9 @@ SELECT lease_freeze('access:1');
 SELECT lease_unfreeze('access:1');
 SELECT lease_reclaim();
 SELECT lease_verify('access:1');
+SELECT lease_install('access:1', 'tokens', 'L1', 1, '2040-01-01');
+SELECT lease_extend('access:1', 'tokens', 'L1', 2);
+SELECT lease_release('access:1', 'tokens');
 SELECT lease_grant_access('regress_credit_lease_spender', 'admin');
 SELECT * FROM balance;
 UPDATE tranche SET remaining = remaining + 1;
@@ -81,6 +84,7 @@ SELECT count(*) FROM open_reservation WHERE account = 'access:1';
 SELECT count(*) FROM expired_hold WHERE account = 'access:1';
 SELECT day, consumed, calls FROM usage_by_day WHERE account = 'access:1';
 SELECT lease_consume('access:1', 'tokens', 1);
+SELECT lease_install('access:1', 'tokens', 'L1', 1, '2040-01-01');
 INSERT INTO policy (hold_ttl) VALUES ('1 hour');
 DELETE FROM reservation;
 RESET ROLE;
@@ -90,6 +94,9 @@ RESET ROLE;
 SET ROLE regress_credit_lease_admin;
 SELECT available FROM lease_topup('access:1', 'tokens', 1);
 SELECT available FROM lease_adjust('access:1', 'tokens', -1, 'no gift');
+SELECT lease_install('access:1', 'tokens', 'L1', 1, '2040-01-01');
+SELECT lease_extend('access:1', 'tokens', 'L1', 2);
+SELECT lease_release('access:1', 'tokens');
 SELECT lease_freeze('access:1');
 SELECT lease_unfreeze('access:1');
 SELECT lease_reclaim() IS NOT NULL AS swept;
@@ -135,6 +142,7 @@ SELECT frozen_by FROM frozen_pool WHERE account = 'access:2';
 --
 \c -
 SET credit_lease.mock_now = '2030-01-01 00:00:00+00';
+CREATE SERVER access_server FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'schematic', url 'https://api.example.com');
 CREATE SCHEMA hostile;
 GRANT USAGE, CREATE ON SCHEMA hostile TO regress_credit_lease_admin;
 SET SESSION AUTHORIZATION regress_credit_lease_admin;
@@ -200,6 +208,9 @@ SELECT reservation_id, available FROM credit_lease.lease_try_reserve('access:3',
 SELECT credit_lease.lease_cancel('access:3', :reservation_id);
 SELECT amount, available FROM credit_lease.lease_refund('access:3', :entry_id, 7);
 SELECT amount, available FROM credit_lease.lease_adjust('access:3', 'tokens', -7, 'hostile');
+SELECT credit_lease.lease_install('access:3', 'tokens', 'L1', 5, '2040-01-01', 'access_server');
+SELECT credit_lease.lease_extend('access:3', 'tokens', 'L1', 6, '2041-01-01');
+SELECT credit_lease.lease_release('access:3', 'tokens');
 SELECT credit_lease.lease_freeze('access:3');
 SELECT applied FROM credit_lease.lease_try_consume('access:3', 'tokens', 1);
 SELECT credit_lease.lease_unfreeze('access:3');
@@ -215,6 +226,7 @@ RESET SESSION AUTHORIZATION;
 RESET search_path;
 DROP OWNED BY regress_credit_lease_admin CASCADE;
 DROP SCHEMA hostile;
+DROP SERVER access_server;
 
 --
 -- The ledger is append-only, for its owner and a superuser too, and where

@@ -161,6 +161,58 @@ SELECT call, r.code, r.message FROM (VALUES
 	($$lease_renew('arguments:1', HOLD, '1 hour', 1e-13)$$)
   ) v (call), LATERAL pg_temp.refusal(call) r;
 
+-- A lease expires, and has not.
+SELECT call, r.code, r.message FROM (VALUES
+	($$lease_install(NULL, 'tokens', 'L1', 1, '2031-01-01')$$),
+	($$lease_install('', 'tokens', 'L1', 1, '2031-01-01')$$),
+	($$lease_install(repeat('x', 513), 'tokens', 'L1', 1, '2031-01-01')$$),
+	($$lease_install('arguments:1', NULL, 'L1', 1, '2031-01-01')$$),
+	($$lease_install('arguments:1', '', 'L1', 1, '2031-01-01')$$),
+	($$lease_install('arguments:1', repeat('x', 513), 'L1', 1, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', NULL, 1, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', '', 1, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', repeat('x', 513), 1, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', NULL, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 0, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', -1, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 'NaN', '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 'Infinity', '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1e26, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1e-13, '2031-01-01')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1, NULL)$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1, 'infinity')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1, '-infinity')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1, '2030-02-01 00:00:00+00')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1, '2031-01-01', '')$$),
+	($$lease_install('arguments:1', 'tokens', 'L1', 1, '2031-01-01', 'no such server')$$),
+	($$lease_extend(NULL, 'tokens', 'L1', 1)$$),
+	($$lease_extend('', 'tokens', 'L1', 1)$$),
+	($$lease_extend(repeat('x', 513), 'tokens', 'L1', 1)$$),
+	($$lease_extend('arguments:1', NULL, 'L1', 1)$$),
+	($$lease_extend('arguments:1', '', 'L1', 1)$$),
+	($$lease_extend('arguments:1', repeat('x', 513), 'L1', 1)$$),
+	($$lease_extend('arguments:1', 'tokens', NULL, 1)$$),
+	($$lease_extend('arguments:1', 'tokens', '', 1)$$),
+	($$lease_extend('arguments:1', 'tokens', repeat('x', 513), 1)$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', NULL)$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', 0)$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', -1)$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', 'NaN')$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', 'Infinity')$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', 1e26)$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', 1e-13)$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', 1, 'infinity')$$),
+	($$lease_extend('arguments:1', 'tokens', 'L1', 1, '-infinity')$$),
+	($$lease_release(NULL, 'tokens')$$),
+	($$lease_release('', 'tokens')$$),
+	($$lease_release(repeat('x', 513), 'tokens')$$),
+	($$lease_release('arguments:1', NULL)$$),
+	($$lease_release('arguments:1', '')$$),
+	($$lease_release('arguments:1', repeat('x', 513))$$),
+	($$lease_release('arguments:1', 'tokens', '')$$),
+	($$lease_release('arguments:1', 'tokens', repeat('x', 513))$$)
+  ) v (call), LATERAL pg_temp.refusal(call) r;
+
 -- A role is one that exists; PUBLIC is none.
 SELECT call, r.code, r.message FROM (VALUES
 	($$lease_balance(NULL)$$),

@@ -59,6 +59,8 @@ SELECT pg_describe_object(o.classid, o.objid, 0) AS without_comment
 	SELECT 'pg_type'::regclass, t.oid FROM pg_type t JOIN pg_class c ON c.oid = t.typrelid
 	 WHERE t.typnamespace = 'credit_lease'::regnamespace AND c.relkind = 'c'
 	UNION ALL
+	SELECT 'pg_foreign_data_wrapper'::regclass, oid FROM pg_foreign_data_wrapper WHERE fdwname = 'credit_lease'
+	UNION ALL
 	SELECT 'pg_trigger'::regclass, t.oid FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
 	 WHERE c.relnamespace = 'credit_lease'::regnamespace AND NOT t.tgisinternal
   ) AS o (classid, objid)
@@ -98,6 +100,9 @@ SELECT pg_describe_object(o.classid, o.objid, 0) AS object, a.privilege_type AS 
 	SELECT 'pg_type'::regclass, t.oid, coalesce(t.typacl, acldefault('T', t.typowner))
 	  FROM pg_type t JOIN pg_class c ON c.oid = t.typrelid
 	 WHERE t.typnamespace = 'credit_lease'::regnamespace AND c.relkind = 'c'
+	UNION ALL
+	SELECT 'pg_foreign_data_wrapper'::regclass, oid, coalesce(fdwacl, acldefault('F', fdwowner))
+	  FROM pg_foreign_data_wrapper WHERE fdwname = 'credit_lease'
   ) AS o (classid, objid, acl),
   LATERAL aclexplode(o.acl) a
  WHERE a.grantee = 0;

@@ -105,6 +105,14 @@ SELECT * FROM pg_temp.findings($$ UPDATE tranche SET granted = 'NaN', remaining 
 SELECT * FROM pg_temp.findings('UPDATE tranche SET open = false WHERE tranche_id = TRANCHE');
 SELECT * FROM pg_temp.findings($$ UPDATE tranche SET hold_expires_at = '2030-01-02' WHERE tranche_id = TRANCHE $$);
 
+-- What is a lease by half, and one that was released and yet has something.
+SELECT change, f.* FROM (VALUES
+	(1, $$SET kind = 'upstream' WHERE tranche_id = TRANCHE$$),
+	(2, $$SET lease_id = 'L1' WHERE tranche_id = TRANCHE$$),
+	(3, $$SET released_at = '2030-01-01' WHERE tranche_id = TRANCHE$$)
+  ) v (n, change), LATERAL pg_temp.findings('UPDATE tranche ' || change) f
+ ORDER BY n, rule COLLATE "C";
+
 -- A tranche that has gone, and one that nobody granted.
 SELECT * FROM pg_temp.findings('DELETE FROM tranche WHERE tranche_id = EXPIRED');
 SELECT * FROM pg_temp.findings($$ INSERT INTO tranche (account, credit, kind, priority, created_at, open, granted, remaining)
@@ -173,7 +181,9 @@ SELECT a.* FROM pg_temp.answers('UPDATE tranche SET remaining = remaining + 1 WH
 	$$lease_reserve('verify:1', 'tokens', 1)$$, $$lease_try_reserve('verify:1', 'tokens', 1)$$,
 	$$lease_settle('verify:1', HELD)$$, $$lease_cancel('verify:1', HELD)$$, $$lease_renew('verify:1', HELD)$$,
 	$$lease_topup('verify:1', 'tokens', 1)$$, $$lease_refund('verify:1', ENTRY)$$,
-	$$lease_adjust('verify:1', 'tokens', 1, 'goodwill')$$, $$lease_adjust('verify:1', 'tokens', -1, 'paid twice')$$) a;
+	$$lease_adjust('verify:1', 'tokens', 1, 'goodwill')$$, $$lease_adjust('verify:1', 'tokens', -1, 'paid twice')$$,
+	$$lease_install('verify:1', 'tokens', 'L1', 1, '2031-01-01')$$, $$lease_extend('verify:1', 'tokens', 'L1', 1)$$,
+	$$lease_release('verify:1', 'tokens')$$) a;
 
 -- Whatever it is that is impossible.
 SELECT change, a.code, a.message FROM (VALUES
@@ -187,7 +197,8 @@ SELECT change, a.code, a.message FROM (VALUES
 	('returned = -1, granted = granted - returned - 1'),
 	('revoked = -1, granted = granted - revoked - 1'),
 	($$granted = 'Infinity', remaining = 'Infinity'$$),
-	($$granted = 'NaN', remaining = 'NaN'$$)
+	($$granted = 'NaN', remaining = 'NaN'$$),
+	($$released_at = '2030-01-01'$$)
   ) v (change), LATERAL pg_temp.answers(format('UPDATE tranche SET %s WHERE tranche_id = TRANCHE', change),
 										$$lease_consume('verify:1', 'tokens', 1)$$) a;
 

@@ -48,12 +48,16 @@ my %function = (
 	settle => [ [qw(account reservation_id amount overage metadata)], 'iaaaaab' ],
 	cancel => [ [qw(account reservation_id)], 'b' ],
 	renew => [ [qw(account reservation_id ttl add_amount)], 'iat' ],
+	install => [ [qw(account credit lease_id granted expires_at server)], 'b' ],
+	extend => [ [qw(account credit lease_id granted_total expires_at)], 'b' ],
+	release => [ [qw(account credit lease_id)], 'b' ],
 	freeze => [ [qw(account credit reason)], 'b' ],
 	unfreeze => [ [qw(account credit)], 'b' ]);
 my %type_of = (
-	(map { $_ => 'a' } qw(amount min_amount add_amount)),
+	(map { $_ => 'a' } qw(amount min_amount add_amount granted granted_total)),
 	(map { $_ => 'i' } qw(entry_id reservation_id priority)),
-	(map { $_ => 'text' } qw(account credit key reason overage)),
+	(map { $_ => 'text' } qw(account credit key reason overage lease_id)),
+	server => 'name',
 	expires_at => 't',
 	ttl => 'interval',
 	metadata => 'metadata');
@@ -61,7 +65,7 @@ my %type_of = (
 # Which of them come how often.
 my %weight = (
 	topup => 9, adjust => 7, refund => 9, consume => 9, try_consume => 7, reserve => 11, try_reserve => 7,
-	settle => 12, cancel => 4, renew => 8, freeze => 2, unfreeze => 4,
+	settle => 12, cancel => 4, renew => 8, freeze => 2, unfreeze => 4, install => 5, extend => 8, release => 2,
 	again => 12, bad => 3, clock => 6, reclaim => 3, begin => 4, look => 1);
 
 srand($seed);
@@ -151,7 +155,7 @@ sub argument_text
 	return 'NULL' if !defined $value;
 	return $value if $type eq 'i';
 	return amount_text($value, $spelling) if $type eq 'a';
-	return quoted($value) if $type eq 'text';
+	return quoted($value) if $type eq 'text' || $type eq 'name';
 	return quoted(instant_text($value)) if $type eq 't';
 	return quoted($spelling ? "$value us" : sprintf('%.6f seconds', $value / $second)) if $type eq 'interval';
 	return $metadata{$value}[ $spelling % @{ $metadata{$value} } ];
@@ -277,6 +281,24 @@ sub any_hold
 	return pick(0, -1, 999999999, sort keys %{ $other->{hold} });
 }
 
+sub live_leases
+{
+	my ($account) = @_;
+
+	return grep { defined $_->{lease_id} && $world->_alive($_) }
+	  map { $account->{tranche}{$_} } sort { $a <=> $b } keys %{ $account->{tranche} };
+}
+
+# Returns the id of a lease of the pool, or of none; few, so that servers share them.
+sub any_lease
+{
+	my ($account, $credit) = @_;
+	my @live = map { $_->{lease_id} } grep { $_->{credit} eq $credit } live_leases($account);
+
+	return pick(@live) if @live && chance(70);
+	return "lease '" . int(rand(30));
+}
+
 sub any_entry
 {
 	my ($account) = @_;
@@ -309,6 +331,10 @@ sub any_call
 			grep { $_->{status} eq 'held' } values %{ $world->account($_)->{hold} }
 		} @accounts);
 	}
+	elsif ($function =~ /^(extend|release)$/ && chance(80))
+	{
+		$name = pick($name, grep { live_leases($world->account($_)) } @accounts);
+	}
 	elsif ($function eq 'unfreeze' && chance(70))
 	{
 		$name = pick($name, grep { %{ $world->account($_)->{frozen} } } @accounts);
@@ -323,6 +349,11 @@ sub any_call
 	$call{metadata} = pick(sort keys %metadata) if $has{metadata} && chance(15);
 	$call{reason} = 'because' if $function eq 'adjust' || ($has{reason} && chance(20));
 	$call{reservation_id} = any_hold($account) if $has{reservation_id};
+	if ($has{lease_id})
+	{
+		$call{credit} = pick(map { $_->{credit} } live_leases($account)) // $call{credit} if chance(80);
+		$call{lease_id} = any_lease($account, $call{credit});
+	}
 	add_key(\%call) if $has{key};
 	my $available = defined $call{credit} ? $world->available($name, $call{credit}) : 0;
 
@@ -366,6 +397,25 @@ sub any_call
 		  if $call{amount} && $hold && chance(%{ $account->{frozen} } ? 60 : 25);
 		$call{overage} = pick('charge', 'clamp', 'refuse') if chance(60);
 	}
+	elsif ($function eq 'install')
+	{
+		$call{granted} = any_amount();
+		$call{server} = pick(undef, 'server_a', 'server_b');
+		$call{expires_at} = pick(expiries($account),
+			map { $world->{now} + $_ } 0, 1, 60 * $second, 300 * $second, 3600 * $second, 1 + int(rand(1000 * $second)));
+	}
+	elsif ($function eq 'extend')
+	{
+		my ($lease) = grep { ($_->{lease_id} // '') eq $call{lease_id} } values %{ $account->{tranche} };
+		my $granted = $lease ? $lease->{granted} : 0;
+
+		$call{granted_total} = chance(40) ? max(1, near($granted)) : $granted + any_amount();
+		$call{expires_at} = pick(undef, expiries($account), $world->{now} + int(rand(900 * $second)));
+	}
+	elsif ($function eq 'release')
+	{
+		$call{lease_id} = undef if chance(40);
+	}
 	elsif ($function eq 'renew')
 	{
 		my $hold = $account->{hold}{ $call{reservation_id} };
@@ -388,7 +438,7 @@ sub expiries
 # Returns an earlier call once more, as it was or with something changed.
 sub same_call
 {
-	my @again = grep { defined $_->{key} || $_->{function} =~ /settle|cancel|renew/ } @made;
+	my @again = grep { defined $_->{key} || $_->{function} =~ /settle|cancel|renew|install|extend|release/ } @made;
 
 	return any_call('consume') if !@again;
 	splice @again, 0, -25 if @again > 25 && chance(60);
@@ -398,7 +448,8 @@ sub same_call
 	my ($arguments) = @{ $function{ $call{function} } };
 	my $name = pick(grep { !/account|key|entry_id|reservation_id/ } @$arguments, 'function');
 	my $type = $type_of{ $name // '' } // '';
-	if (!defined $name || $type eq 'a')
+	if (defined $name && $name =~ /^granted/) { $call{$name}++ }
+	elsif (!defined $name || $type eq 'a')
 	{
 		$call{amount} = ($call{amount} // 1) + ($call{amount} && $call{amount} < 0 ? -1 : 1);
 		delete $call{min_amount};
@@ -406,7 +457,7 @@ sub same_call
 	elsif ($name eq 'function')
 	{
 		$call{function} =~ s/^(try_)?(?=consume|reserve)/$1 ? '' : 'try_'/e;
-		return other_function(\%call) if $call{credit} && chance(50);
+		return other_function(\%call) if $call{credit} && $call{amount} && chance(50);
 	}
 	elsif ($name eq 'credit')
 	{
@@ -451,12 +502,13 @@ sub bad_call
 
 		push @texts, "'NaN'", "'Infinity'", "'-Infinity'", '0.0000000000001', '1' . '0' x 26 if $type eq 'a';
 		push @texts, '-1', '-0.000000000001' if $type eq 'a' && $call->{function} ne 'adjust';
-		push @texts, '0' if $name eq 'min_amount' || ($name eq 'amount' && $call->{function} ne 'settle');
+		push @texts, '0' if $name =~ /^(min_amount|granted|granted_total)$/ || ($name eq 'amount' && $call->{function} ne 'settle');
 		push @texts, "''", "repeat('x', 513)" if $type eq 'text';
 		push @texts, "'0'", "'-1 second'", "'11 years'", "'1 month -31 days'" if $type eq 'interval';
 		push @texts, "'Charge'", "'x'" if $name eq 'overage';
 		push @texts, 'NULL'
-		  if $name =~ /^(account|overage|priority|add_amount|.*_id)$/
+		  if $name =~ /^(account|overage|priority|add_amount|granted|granted_total|entry_id|reservation_id)$/
+		  || ($name eq 'lease_id' && $call->{function} ne 'release')
 		  || ($name eq 'reason' && $call->{function} eq 'adjust')
 		  || ($name eq 'credit' && $call->{function} !~ /freeze/)
 		  || ($name eq 'amount' && $call->{function} !~ /settle|refund/);
@@ -585,9 +637,10 @@ sub compare_account
 		  map { amount_parse($_) } @$row[ 2 .. 9 ];
 		$is{reserved} -= $lapsed{$id} // 0;
 		$is{remaining} += $lapsed{$id} // 0;
+		@is{qw(returned remaining)} = ($is{returned} + $is{remaining}, 0) if $tranche->{released};
 		@is{qw(expired remaining)} = ($is{expired} + $is{remaining}, 0)
 		  if defined $tranche->{expires_at} && $tranche->{expires_at} <= $world->{now};
-		my %ought = (chunked => 0, returned => 0, %$tranche);
+		my %ought = (chunked => 0, %$tranche);
 		my @is = ($row->[0], @is{ sort keys %is });
 		my @ought = ($tranche->{credit}, @ought{ sort keys %is });
 		push @why, "tranche $id: found " . shown(\@is) . ', expected ' . shown(\@ought) if !same(\@is, \@ought);
@@ -688,7 +741,7 @@ sub do_call
 
 	# no amount of more than 26 digits before the point, whatever there is
 	$call->{bad} = 1
-	  if grep { abs($call->{$_} // 0) >= 10**min(26 - $exponent, 18) } qw(amount min_amount add_amount);
+	  if grep { abs($call->{$_} // 0) >= 10**min(26 - $exponent, 18) } qw(amount min_amount add_amount granted granted_total);
 
 	my %got = (entries => [], swept => [], row => []);
 	my @why;
@@ -881,7 +934,7 @@ sub look_at_views
 	my $rest = say_sql($step, "SELECT tranche_id, remaining + reserved FROM open_lease $where ORDER BY 1");
 	$compare->('open_lease', join("\n", map { s/\|(.*)/'|' . amount_parse($1)/er } split /\n/, $rest),
 		map { "$_->{id}|" . ($_->{remaining} + $_->{reserved}) }
-		grep { $_->{remaining} + $_->{reserved} > 0 && ($_->{expires_at} // 9e18) > $world->{now} } @tranches);
+		grep { ($_->{remaining} + $_->{reserved} > 0 || defined $_->{lease_id}) && $world->_alive($_) } @tranches);
 
 	for my $credit (@credits)
 	{
@@ -913,6 +966,8 @@ sub verify
 
 note("CREDIT_LEASE_MODEL_STEPS=$steps CREDIT_LEASE_MODEL_SEED=$seed");
 $session->run_safe("\\set ON_ERROR_ROLLBACK on\n$prepare;");
+$session->run_safe("CREATE SERVER $_ FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'schematic', url 'https://a.example');")
+  for qw(server_a server_b);
 say_sql(0, 'SET credit_lease.mock_now = ' . quoted(instant_text($world->{now})));
 
 my @wheel = map { ($_) x $weight{$_} } sort keys %weight;
