@@ -1,0 +1,241 @@
+# LeaseUpstream.pm
+#	The reference upstream as a child process: test/upstream/schematic.py.
+#
+# What its control interface takes and returns is told there. Amounts come back
+# as Math::BigInt and Math::BigFloat where a Perl number would round them, and
+# should be given as texts there.
+
+package LeaseUpstream;
+
+use strict;
+use warnings;
+
+use File::Basename qw(dirname);
+use HTTP::Tiny;
+use JSON::PP;
+use POSIX qw(WNOHANG);
+use Time::HiRes qw(sleep);
+
+my $program = dirname(__FILE__) . '/../upstream/schematic.py';
+my $json = JSON::PP->new->utf8->canonical->allow_bignum;
+
+# those to end with the test, by process
+my %running;
+
+# Starts a server that keeps its state and its log in dir. tls is [certificate,
+# key], or 1 for a certificate of its own, which certificate() tells; options
+# go to the program.
+sub start
+{
+	my ($class, %params) = @_;
+	my $self = bless {
+		dir => $params{dir},
+		port => 0,
+		tls => $params{tls},
+		options => $params{options} // [],
+		http => HTTP::Tiny->new(
+			keep_alive => 0,
+			proxy => undef,
+			http_proxy => undef,
+			timeout => 180)
+	}, $class;
+
+	mkdir $self->{dir};
+	$self->_make_certificate if $self->{tls} && !ref $self->{tls};
+	$self->_run;
+	return $self;
+}
+
+# Returns the URL of the billing API, and that of the events, which is the same.
+sub url
+{
+	my ($self) = @_;
+
+	return ($self->{tls} ? 'https' : 'http') . "://127.0.0.1:$self->{port}";
+}
+
+sub events_url
+{
+	my ($self) = @_;
+
+	return $self->url;
+}
+
+# Returns the file of the certificate, which is its own authority if tls is 1.
+sub certificate
+{
+	my ($self) = @_;
+
+	return $self->{tls}[0];
+}
+
+sub log_file
+{
+	my ($self) = @_;
+
+	return "$self->{dir}/log";
+}
+
+sub balance
+{
+	my ($self, $company, $credit, $amount) = @_;
+
+	$self->_control(
+		POST => 'balance',
+		{ company_id => $company, credit_type_id => $credit, amount => "$amount" });
+	return;
+}
+
+# Adds a fault, given by the fields the program lists; undef is null.
+sub fault
+{
+	my ($self, %fault) = @_;
+
+	$self->_control(POST => 'fault', \%fault);
+	return;
+}
+
+# Ends all faults.
+sub clear
+{
+	my ($self) = @_;
+
+	$self->_control(DELETE => 'fault');
+	return;
+}
+
+sub books
+{
+	my ($self) = @_;
+
+	return $self->_control(GET => 'books');
+}
+
+# Returns the requests logged, those after number $since.
+sub requests
+{
+	my ($self, $since) = @_;
+
+	return @{ $self->_control(GET => 'requests?since=' . ($since // 0))->{requests} };
+}
+
+sub reset
+{
+	my ($self) = @_;
+
+	$self->_control(POST => 'reset');
+	return;
+}
+
+# Kills the server, unless it is stopped already, and starts it again with the
+# same port and state.
+sub restart
+{
+	my ($self) = @_;
+
+	$self->stop('KILL');
+	$self->_run;
+	return;
+}
+
+sub stop
+{
+	my ($self, $signal) = @_;
+
+	_end(delete $self->{pid}, $signal // 'TERM') if $self->{pid};
+	return;
+}
+
+sub _run
+{
+	my ($self) = @_;
+	my $port_file = "$self->{dir}/port";
+	my @command = (
+		'python3', $program,
+		'--port', $self->{port},
+		'--port-file', $port_file,
+		'--file', "$self->{dir}/state",
+		($self->{tls} ? ('--tls', @{ $self->{tls} }) : ()),
+		@{ $self->{options} });
+
+	unlink $port_file;
+	my $pid = fork // die "could not fork: $!";
+	if ($pid == 0)
+	{
+		# what the test has open is nobody else's: a psql would miss the end of its input
+		POSIX::close($_) for 3 .. 255;
+		open STDIN, '<', '/dev/null' or POSIX::_exit(127);
+		open STDOUT, '>>', $self->log_file or POSIX::_exit(127);
+		open STDERR, '>&', \*STDOUT or POSIX::_exit(127);
+		{ exec @command };
+		POSIX::_exit(127);
+	}
+	$self->{pid} = $pid;
+	$running{$pid} = $$;
+
+	my $deadline = time + 180;
+	until (-e $port_file)
+	{
+		if (waitpid($pid, WNOHANG) == $pid)
+		{
+			delete $running{ delete $self->{pid} };
+			die "the upstream did not start: see " . $self->log_file;
+		}
+		die "the upstream is not ready" if time > $deadline;
+		sleep 0.01;
+	}
+	open my $file, '<', $port_file or die "could not open $port_file: $!";
+	chomp($self->{port} = <$file>);
+	return;
+}
+
+sub _make_certificate
+{
+	my ($self) = @_;
+	my @files = ("$self->{dir}/server.crt", "$self->{dir}/server.key");
+
+	system('openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes',
+		'-days', '2', '-subj', '/CN=127.0.0.1', '-addext', 'subjectAltName=IP:127.0.0.1',
+		'-out', $files[0], '-keyout', $files[1], '-batch') == 0
+	  or die 'could not make a certificate';
+	$self->{tls} = \@files;
+	return;
+}
+
+# The control interface is plain http even where the API is not.
+sub _control
+{
+	my ($self, $method, $path, $body) = @_;
+	my $reply = $self->{http}->request($method, "http://127.0.0.1:$self->{port}/_/$path",
+		{ defined $body ? (content => $json->encode($body)) : () });
+
+	die "$method $path: $reply->{status} $reply->{content}" unless $reply->{success};
+	return $json->decode($reply->{content});
+}
+
+# Ends a child of this process.
+sub _end
+{
+	my ($pid, $signal) = @_;
+
+	return if (delete $running{$pid} // 0) != $$;
+	local ($?, $!);
+	kill $signal, $pid;
+	waitpid $pid, 0;
+	return;
+}
+
+sub DESTROY
+{
+	my ($self) = @_;
+
+	$self->stop;
+	return;
+}
+
+END
+{
+	_end($_, 'TERM') for keys %running;
+}
+
+1;
