@@ -82,8 +82,7 @@ change_freeze(text *account, AccountLock how, Statement *change, Parameters *par
 	bool		changed;
 
 	statement_begin();
-	account_lock(account, how, &frozen);
-	changed = statement_execute(change, parameters) > 0;
+	changed = account_lock(account, how, &frozen) && statement_execute(change, parameters) > 0;
 	if (changed)
 	{
 		parameter_add_pointer(&mark, account);

@@ -77,7 +77,10 @@ require_future(TimestampTz expires_at, TimestampTz now)
 				 errmsg("expires_at must be in the future")));
 }
 
-/* Locks the account, and reads the pool with its candidates, used up ones too. */
+/*
+ * Locks the account, and reads the pool with its candidates, used up ones too.
+ * The pool of an account that is not there has none.
+ */
 static void
 lock_leases(Pool *pool, AccountLock how, text *lease_id)
 {
@@ -85,7 +88,8 @@ lock_leases(Pool *pool, AccountLock how, text *lease_id)
 	Datum	   *id;
 	int			n;
 
-	account_lock(pool->account, how, &pool->may_be_frozen);
+	if (!account_lock(pool->account, how, &pool->may_be_frozen))
+		return;
 	pool->now = clock_now();
 	parameter_add_pointer(&parameters, pool->account);
 	parameter_add_pointer(&parameters, pool->credit);

@@ -187,6 +187,15 @@ lease_adjust(PG_FUNCTION_ARGS)
 	return statement_end(caller, fcinfo, values, nulls);
 }
 
+pg_noreturn static void
+no_such_entry(text *account, int64 entry_id)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_NOT_FOUND),
+			 errmsg("account \"%s\" has no entry " INT64_FORMAT,
+					text_to_cstring(account), entry_id)));
+}
+
 /* Reads the entries of a call, with the credit; raises LC003 where there is none. */
 static int
 find_consumed(text *account, int64 entry_id, ConsumedEntry **entries, text **credit)
@@ -199,10 +208,7 @@ find_consumed(text *account, int64 entry_id, ConsumedEntry **entries, text **cre
 	parameter_add(&parameters, Int64GetDatum(entry_id));
 	n = (int) statement_execute(&consumed_statement, &parameters);
 	if (n == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_LEASE_NOT_FOUND),
-				 errmsg("account \"%s\" has no entry " INT64_FORMAT,
-						text_to_cstring(account), entry_id)));
+		no_such_entry(account, entry_id);
 
 	*credit = DatumGetTextPP(statement_value(0, 2, &isnull));
 	*entries = palloc(sizeof(ConsumedEntry) * n);
@@ -318,7 +324,8 @@ lease_refund(PG_FUNCTION_ARGS)
 	request_add_text(&request, "reason", request.reason);
 	request_end_arguments(&request);
 
-	account_lock(pool.account, ACCOUNT_LOCK, &pool.may_be_frozen);
+	if (!account_lock(pool.account, ACCOUNT_LOCK, &pool.may_be_frozen))
+		no_such_entry(pool.account, entry_id);
 	n = find_consumed(pool.account, entry_id, &entries, &pool.credit);
 	pool.closed_ids = tranche_ids(entries, n);
 	pool_read(&pool);

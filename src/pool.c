@@ -279,13 +279,19 @@ pool_read(Pool *pool)
 /*
  * pool_lock
  *		Locks the account, see account_lock(), and reads the pool. An account
- *		that is not there has an empty pool.
+ *		that is not there has an empty pool: what comes in after that look is
+ *		not locked, and must not be read.
  */
 void
 pool_lock(Pool *pool, AccountLock how)
 {
-	account_lock(pool->account, how, &pool->may_be_frozen);
-	pool_read(pool);
+	if (account_lock(pool->account, how, &pool->may_be_frozen))
+		pool_read(pool);
+	else
+	{
+		pool->now = clock_now();
+		pool->available = pool->held = amount_zero();
+	}
 }
 
 /* Returns whether something of a tranche is left, held or carved out. */
@@ -310,30 +316,19 @@ pool_is_frozen(const Pool *pool)
 	return pool->may_be_frozen && find_freeze(pool, &reason);
 }
 
-/* Returns one of the pool's locked tranches, NULL if it is none of them. */
+/* Returns one of the pool's locked tranches; raises LC009 if it is none of them. */
 Tranche *
-pool_find(const Pool *pool, int64 tranche_id)
+pool_get(const Pool *pool, int64 tranche_id)
 {
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		if (pool->tranche[i]->tranche_id == tranche_id)
 			return pool->tranche[i];
 	}
-	return NULL;
-}
-
-/* Returns one of the pool's locked tranches; raises LC009 if it is none of them. */
-Tranche *
-pool_get(const Pool *pool, int64 tranche_id)
-{
-	Tranche    *tranche = pool_find(pool, tranche_id);
-
-	if (tranche == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_LEASE_BOOKS),
-				 errmsg("account \"%s\" has no tranche " INT64_FORMAT,
-						text_to_cstring(pool->account), tranche_id)));
-	return tranche;
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_BOOKS),
+			 errmsg("account \"%s\" has no tranche " INT64_FORMAT,
+					text_to_cstring(pool->account), tranche_id)));
 }
 
 /*

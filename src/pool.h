@@ -72,7 +72,6 @@ extern void pool_lock(Pool *pool, AccountLock how);
 extern void pool_read(Pool *pool);
 extern bool pool_is_frozen(const Pool *pool);
 extern bool tranche_is_open(const Tranche *tranche);
-extern Tranche *pool_find(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_get(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at);
 extern void pool_grant(Pool *pool, Tranche *tranche, Numeric amount);

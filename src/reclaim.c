@@ -248,6 +248,7 @@ sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, in
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
 	volatile bool any = false;
+	volatile bool swept = false;
 	bool		frozen;
 
 	if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &frozen))
@@ -259,16 +260,7 @@ sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, in
 	{
 		any = sweep_pool(account, credit, limit, given);
 		ReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-		if (was_set_aside)
-		{
-			Parameters	parameters = {0};
-
-			parameter_add_pointer(&parameters, account);
-			parameter_add_pointer(&parameters, credit);
-			statement_execute(&take_back_statement, &parameters);
-		}
+		swept = true;
 	}
 	PG_CATCH();
 	{
@@ -285,6 +277,17 @@ sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, in
 		set_aside(account, credit, error);
 	}
 	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+
+	if (swept && was_set_aside)
+	{
+		Parameters	parameters = {0};
+
+		parameter_add_pointer(&parameters, account);
+		parameter_add_pointer(&parameters, credit);
+		statement_execute(&take_back_statement, &parameters);
+	}
 	return any;
 }
 

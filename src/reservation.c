@@ -113,8 +113,8 @@ is_alive(const Pool *pool, const Hold *hold)
 static void
 lock_hold(Pool *pool, int64 reservation_id, Hold *hold)
 {
-	account_lock(pool->account, ACCOUNT_LOCK, &pool->may_be_frozen);
-	if (!hold_find(pool->account, reservation_id, hold))
+	if (!account_lock(pool->account, ACCOUNT_LOCK, &pool->may_be_frozen) ||
+		!hold_find(pool->account, reservation_id, hold))
 		no_such_reservation(pool->account, reservation_id);
 	pool->credit = hold->credit;
 	pool_read(pool);

@@ -198,8 +198,9 @@ worker_main(Datum arg)
 			worker_state_swept(slot, holds);
 		}
 		failures = 0;
-		if (holds < sweep_batch)
-			pause_for(installed ? sweep_interval : LOOK_MS);
-		CHECK_FOR_INTERRUPTS();
+		if (!installed)
+			pause_for(LOOK_MS);
+		else
+			pause_for(holds < sweep_batch ? sweep_interval : 0);
 	}
 }
