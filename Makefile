@@ -8,6 +8,7 @@ OBJS = $(patsubst %.c,%.o,$(sort $(wildcard src/*.c)))
 DATA = $(sort $(wildcard sql/$(EXTENSION)--*.sql))
 
 PG_CFLAGS = -Wextra -Wno-unused-parameter
+SHLIB_LINK = -lcurl
 
 # All regression tests share the database in which the first of them creates the extension.
 REGRESS = install $(filter-out install,$(sort $(basename $(notdir $(wildcard test/sql/*.sql)))))

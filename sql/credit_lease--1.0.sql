@@ -52,6 +52,8 @@ CREATE TABLE credit_lease.tranche (
 	server text COLLATE "C",
 	lease_id text COLLATE "C",
 	released_at timestamptz,
+	refill_below numeric,
+	refresh_at timestamptz,
 	owner text,
 	hold_expires_at timestamptz,
 	open boolean NOT NULL,
@@ -70,6 +72,7 @@ ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche
 CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, tranche_id) WHERE open;
 CREATE INDEX tranche_expiry ON credit_lease.tranche (expires_at) WHERE open;
 CREATE UNIQUE INDEX tranche_lease ON credit_lease.tranche (account, credit, lease_id) WHERE kind = 'upstream';
+CREATE INDEX tranche_leased ON credit_lease.tranche (expires_at) WHERE kind = 'upstream' AND released_at IS NULL;
 CREATE INDEX tranche_slot ON credit_lease.tranche (account, credit, expires_at) WHERE kind = 'upstream';
 
 COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: granted = remaining + reserved + chunked + consumed + expired + returned + revoked';
@@ -79,6 +82,8 @@ COMMENT ON COLUMN credit_lease.tranche.expires_at IS 'from this instant nothing 
 COMMENT ON COLUMN credit_lease.tranche.server IS 'the foreign server that a lease came from; NULL for one installed without';
 COMMENT ON COLUMN credit_lease.tranche.lease_id IS 'the upstream''s name of a lease; NULL for any other kind';
 COMMENT ON COLUMN credit_lease.tranche.released_at IS 'when a lease was released: since then nothing of it can be spent but what was held';
+COMMENT ON COLUMN credit_lease.tranche.refill_below IS 'the worker asks for more of the lease when no more than this remains; NULL for a lease that it does not look after';
+COMMENT ON COLUMN credit_lease.tranche.refresh_at IS 'the worker asks from then on that a lease in use may live longer';
 COMMENT ON COLUMN credit_lease.tranche.hold_expires_at IS 'none of its holds expires earlier; NULL when it never had one';
 COMMENT ON COLUMN credit_lease.tranche.open IS 'something is left, held or carved out; only open tranches are read by calls';
 COMMENT ON COLUMN credit_lease.tranche.remaining IS 'can be spent or held, until expires_at';
@@ -91,6 +96,7 @@ COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment';
 COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool can draw on';
 COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
 COMMENT ON INDEX credit_lease.tranche_lease IS 'a lease is installed once in its pool, for ever';
+COMMENT ON INDEX credit_lease.tranche_leased IS 'the leases that are alive';
 COMMENT ON INDEX credit_lease.tranche_slot IS 'the leases of a pool that are alive, used up or not';
 
 CREATE TABLE credit_lease.reservation (
@@ -199,11 +205,100 @@ COMMENT ON TABLE credit_lease.set_aside IS 'pools that could not be swept becaus
 CREATE TABLE credit_lease.policy (
 	account text COLLATE "C",
 	credit text COLLATE "C",
+	server text COLLATE "C",
+	company_id text CHECK (length(company_id) > 0),
+	credit_type_id text CHECK (length(credit_type_id) > 0),
+	event text CHECK (length(event) > 0),
+	lease_size numeric CHECK (lease_size > 0 AND lease_size < 1e26),
+	lease_duration interval CHECK (lease_duration >= '1 second' AND lease_duration <= '1 year'),
+	low_water_mark numeric CHECK (low_water_mark >= 0 AND low_water_mark < 1),
+	safety_margin interval CHECK (safety_margin >= '0' AND safety_margin <= '1 day'),
 	hold_ttl interval CHECK (hold_ttl > '0' AND hold_ttl <= '10 years'),
 	UNIQUE NULLS NOT DISTINCT (account, credit)
 );
-COMMENT ON TABLE credit_lease.policy IS 'settings by pool: NULL stands for every account, every credit; the most specific row that has a value decides, the account before the credit';
+COMMENT ON TABLE credit_lease.policy IS 'settings by pool: NULL stands for every account, every credit; for each setting the most specific row that has a value decides, the account before the credit; see lease_policy()';
+COMMENT ON COLUMN credit_lease.policy.server IS 'the upstream that the pool is supplied from, a foreign server; from none where no row has one';
+COMMENT ON COLUMN credit_lease.policy.company_id IS 'the upstream''s name of the account; the account''s own where no row has one';
+COMMENT ON COLUMN credit_lease.policy.credit_type_id IS 'the upstream''s name of the credit; the credit''s own where no row has one';
+COMMENT ON COLUMN credit_lease.policy.event IS 'what usage is reported as; the credit''s name where no row has one';
+COMMENT ON COLUMN credit_lease.policy.lease_size IS 'how much to lease at a time; 10000 where no row says';
+COMMENT ON COLUMN credit_lease.policy.lease_duration IS 'for how long; 5 minutes where no row says';
+COMMENT ON COLUMN credit_lease.policy.low_water_mark IS 'more is asked for when no more than this part of what the last grant left remains; 0.25 where no row says';
+COMMENT ON COLUMN credit_lease.policy.safety_margin IS 'how long before its end a lease stops serving, for clocks that disagree; 0 where no row says';
 COMMENT ON COLUMN credit_lease.policy.hold_ttl IS 'how long a hold lives when the call does not say; 60 seconds where no row does';
+
+-- What is to be asked of an upstream: committed before it is asked, removed
+-- with the transaction that takes in the answer.
+CREATE TABLE credit_lease.upstream_request (
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	kind text NOT NULL CHECK (kind IN ('acquire', 'extend', 'release')),
+	lease_id text COLLATE "C",
+	server text COLLATE "C" NOT NULL,
+	company_id text NOT NULL,
+	credit_type_id text NOT NULL,
+	amount numeric,
+	expires_at timestamptz,
+	idempotency_key uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
+	created_at timestamptz NOT NULL,
+	next_try_at timestamptz NOT NULL,
+	attempts integer NOT NULL DEFAULT 0,
+	refused boolean NOT NULL DEFAULT false,
+	error text,
+	UNIQUE NULLS NOT DISTINCT (account, credit, kind, lease_id)
+);
+CREATE INDEX upstream_request_due ON credit_lease.upstream_request (next_try_at);
+COMMENT ON TABLE credit_lease.upstream_request IS 'what the worker is to ask of upstreams, and has no answer to yet';
+COMMENT ON COLUMN credit_lease.upstream_request.expires_at IS 'until when the lease is asked for; release: until when it lives anyway';
+COMMENT ON COLUMN credit_lease.upstream_request.idempotency_key IS 'is sent again with each try';
+COMMENT ON COLUMN credit_lease.upstream_request.refused IS 'the upstream has refused it, or what it answered was of no use; it is not asked again before next_try_at, nor unless somebody needs it then';
+COMMENT ON COLUMN credit_lease.upstream_request.error IS 'how the last try failed';
+COMMENT ON INDEX credit_lease.upstream_request_due IS 'the worker: what to ask next';
+
+CREATE TABLE credit_lease.lease_usage (
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	tranche_id bigint NOT NULL,
+	company_id text,
+	entry_id bigint NOT NULL DEFAULT 0,
+	consumed numeric NOT NULL DEFAULT 0,
+	owed numeric NOT NULL DEFAULT 0,
+	complete boolean NOT NULL DEFAULT false,
+	PRIMARY KEY (account, credit, tranche_id)
+);
+CREATE INDEX lease_usage_incomplete ON credit_lease.lease_usage (account, credit, tranche_id) WHERE NOT complete;
+COMMENT ON TABLE credit_lease.lease_usage IS 'how far the ledger has been read for reports, for each lease from a server';
+COMMENT ON COLUMN credit_lease.lease_usage.company_id IS 'the upstream''s name of the account; NULL for a lease that was installed by hand';
+COMMENT ON COLUMN credit_lease.lease_usage.entry_id IS 'entries up to this one have been read';
+COMMENT ON COLUMN credit_lease.lease_usage.consumed IS 'their sum: what was spent of the lease, less refunds';
+COMMENT ON COLUMN credit_lease.lease_usage.owed IS 'refunded after it was reported: taken off the next reports of the lease';
+COMMENT ON COLUMN credit_lease.lease_usage.complete IS 'the lease has ended and all its usage has been read';
+COMMENT ON INDEX credit_lease.lease_usage_incomplete IS 'the worker: leases that may have usage to report';
+
+CREATE TABLE credit_lease.usage_report (
+	account text COLLATE "C" NOT NULL,
+	entry_id bigint NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	tranche_id bigint NOT NULL,
+	server text COLLATE "C" NOT NULL,
+	lease_id text COLLATE "C" NOT NULL,
+	company_id text NOT NULL,
+	event text NOT NULL,
+	quantity numeric NOT NULL CHECK (quantity > 0),
+	created_at timestamptz NOT NULL,
+	attempts integer NOT NULL DEFAULT 0,
+	refused_at timestamptz,
+	error text,
+	PRIMARY KEY (account, entry_id)
+);
+CREATE INDEX usage_report_due ON credit_lease.usage_report (server, attempts, entry_id) WHERE refused_at IS NULL;
+CREATE INDEX usage_report_tranche ON credit_lease.usage_report (account, credit, tranche_id) WHERE refused_at IS NULL;
+COMMENT ON TABLE credit_lease.usage_report IS 'usage that is to be reported to an upstream; a row leaves when the upstream has taken it, and stays when it has refused it for good';
+COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; lease_id and this are the key by which the upstream counts it once';
+COMMENT ON COLUMN credit_lease.usage_report.attempts IS 'how often it was in a request that was refused; from the first on it is sent alone';
+COMMENT ON COLUMN credit_lease.usage_report.refused_at IS 'when it was refused for good';
+COMMENT ON INDEX credit_lease.usage_report_due IS 'the worker: what to report next';
+COMMENT ON INDEX credit_lease.usage_report_tranche IS 'whether all usage of a lease has been reported, before it is released';
 
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.account', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche', '');
@@ -213,6 +308,9 @@ SELECT pg_catalog.pg_extension_config_dump('credit_lease.refund', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.frozen_pool', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.set_aside', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.policy', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.upstream_request', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.lease_usage', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.usage_report', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.entry_id_seq', '');
@@ -227,6 +325,18 @@ CREATE TRIGGER ledger_guard BEFORE UPDATE OR DELETE OR TRUNCATE ON credit_lease.
 	FOR EACH STATEMENT EXECUTE FUNCTION credit_lease.ledger_guard();
 ALTER TABLE credit_lease.ledger ENABLE ALWAYS TRIGGER ledger_guard;
 COMMENT ON TRIGGER ledger_guard ON credit_lease.ledger IS 'the ledger is append-only, even for its owner';
+
+CREATE FUNCTION credit_lease.policy_guard() RETURNS trigger
+	LANGUAGE c AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.policy_guard() IS 'trigger: refuses a server that is no upstream; lets sessions and the worker know that policies have changed';
+CREATE TRIGGER policy_server BEFORE INSERT OR UPDATE OF server ON credit_lease.policy
+	FOR EACH ROW WHEN (NEW.server IS NOT NULL) EXECUTE FUNCTION credit_lease.policy_guard();
+COMMENT ON TRIGGER policy_server ON credit_lease.policy IS 'a server is a foreign server of the wrapper credit_lease';
+CREATE TRIGGER policy_changed AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON credit_lease.policy
+	FOR EACH STATEMENT EXECUTE FUNCTION credit_lease.policy_guard();
+ALTER TABLE credit_lease.policy ENABLE ALWAYS TRIGGER policy_changed;
+COMMENT ON TRIGGER policy_changed ON credit_lease.policy IS 'sessions remember whether any policy has a server';
 
 ----------------------------------------------------------------------
 -- What people read
@@ -310,6 +420,33 @@ COMMENT ON VIEW credit_lease.worker_status IS 'the background worker of this dat
 COMMENT ON COLUMN credit_lease.worker_status.holds IS 'how many expired holds it has given back since it started';
 COMMENT ON COLUMN credit_lease.worker_status.lag IS 'how long ago the oldest hold expired that nobody has given back; 0 for none';
 COMMENT ON COLUMN credit_lease.worker_status.set_aside IS 'how many pools it leaves out because their books do not balance';
+
+CREATE TYPE credit_lease.upstream_result AS (server text, in_flight integer, successes bigint, failures bigint,
+	latency interval, back_off_until timestamptz, last_success_at timestamptz, last_error_at timestamptz, last_error text);
+COMMENT ON TYPE credit_lease.upstream_result IS 'what lease_upstreams() returns';
+CREATE FUNCTION credit_lease.lease_upstreams() RETURNS SETOF credit_lease.upstream_result
+	LANGUAGE c VOLATILE PARALLEL RESTRICTED AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_upstreams() IS 'what the worker of this database tells of the upstreams that it has asked since it started';
+
+CREATE VIEW credit_lease.upstream_status AS
+SELECT s.srvname AS server, coalesce(u.in_flight, 0) AS in_flight,
+	   coalesce(u.successes, 0) AS successes, coalesce(u.failures, 0) AS failures, u.latency,
+	   CASE WHEN u.back_off_until > pg_catalog.clock_timestamp() THEN u.back_off_until END AS back_off_until,
+	   u.last_success_at, u.last_error_at, u.last_error,
+	   (SELECT count(*) FROM credit_lease.upstream_request r WHERE r.server = s.srvname) AS requests,
+	   (SELECT count(*) FROM credit_lease.usage_report r WHERE r.server = s.srvname AND r.refused_at IS NULL) AS reports,
+	   (SELECT count(*) FROM credit_lease.usage_report r WHERE r.server = s.srvname AND r.refused_at IS NOT NULL) AS refused_reports
+  FROM pg_catalog.pg_foreign_server s
+  JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'credit_lease'
+  LEFT JOIN credit_lease.lease_upstreams() u ON u.server = s.srvname;
+COMMENT ON VIEW credit_lease.upstream_status IS 'every upstream, and how the worker of this database gets on with it';
+COMMENT ON COLUMN credit_lease.upstream_status.in_flight IS 'requests that wait for their reply';
+COMMENT ON COLUMN credit_lease.upstream_status.latency IS 'from request to reply, of the last that was answered';
+COMMENT ON COLUMN credit_lease.upstream_status.back_off_until IS 'nothing is sent to it before';
+COMMENT ON COLUMN credit_lease.upstream_status.requests IS 'requests for leases that have no answer yet, or were refused lately';
+COMMENT ON COLUMN credit_lease.upstream_status.reports IS 'usage that it has not taken yet';
+COMMENT ON COLUMN credit_lease.upstream_status.refused_reports IS 'usage that it has refused for good, see usage_report';
 
 -- The kind of an entry says from where to where its amount moves.
 CREATE VIEW credit_lease.movement AS
@@ -532,6 +669,12 @@ COMMENT ON TYPE credit_lease.settle_result IS 'what lease_settle() returns';
 CREATE TYPE credit_lease.renew_result AS (reservation_id bigint, amount numeric, expires_at timestamptz);
 COMMENT ON TYPE credit_lease.renew_result IS 'what lease_renew() returns';
 
+CREATE TYPE credit_lease.policy_result AS (server text, company_id text, credit_type_id text, event text,
+	lease_size numeric, lease_duration interval, low_water_mark numeric, safety_margin interval, hold_ttl interval);
+COMMENT ON TYPE credit_lease.policy_result IS 'what lease_policy() returns';
+CREATE TYPE credit_lease.prewarm_result AS (credit text, lease_id text, available numeric, status text);
+COMMENT ON TYPE credit_lease.prewarm_result IS 'what lease_prewarm() returns; status: live, pending, refused, unreachable or no upstream';
+
 ----------------------------------------------------------------------
 -- Functions. They run as the extension's owner, so that a role needs EXECUTE
 -- and no rights on tables; the ledger records session_user.
@@ -668,6 +811,86 @@ CREATE FUNCTION credit_lease.lease_release(account text, credit text, lease_id t
 COMMENT ON FUNCTION credit_lease.lease_release(text, text, text) IS
 	'returns what remains of a live lease, or of all of a pool; false when there is none';
 
+CREATE FUNCTION credit_lease.lease_policy(account text, credit text)
+	RETURNS credit_lease.policy_result
+	LANGUAGE sql STABLE SECURITY DEFINER
+	SET search_path = pg_catalog, pg_temp
+	BEGIN ATOMIC
+	SELECT (array_agg(p.server ORDER BY p.account, p.credit) FILTER (WHERE p.server IS NOT NULL))[1],
+		   coalesce((array_agg(p.company_id ORDER BY p.account, p.credit) FILTER (WHERE p.company_id IS NOT NULL))[1], $1),
+		   coalesce((array_agg(p.credit_type_id ORDER BY p.account, p.credit) FILTER (WHERE p.credit_type_id IS NOT NULL))[1], $2),
+		   coalesce((array_agg(p.event ORDER BY p.account, p.credit) FILTER (WHERE p.event IS NOT NULL))[1], $2),
+		   coalesce((array_agg(p.lease_size ORDER BY p.account, p.credit) FILTER (WHERE p.lease_size IS NOT NULL))[1], 10000),
+		   coalesce((array_agg(p.lease_duration ORDER BY p.account, p.credit) FILTER (WHERE p.lease_duration IS NOT NULL))[1], '5 minutes'),
+		   coalesce((array_agg(p.low_water_mark ORDER BY p.account, p.credit) FILTER (WHERE p.low_water_mark IS NOT NULL))[1], 0.25),
+		   coalesce((array_agg(p.safety_margin ORDER BY p.account, p.credit) FILTER (WHERE p.safety_margin IS NOT NULL))[1], '0'),
+		   coalesce((array_agg(p.hold_ttl ORDER BY p.account, p.credit) FILTER (WHERE p.hold_ttl IS NOT NULL))[1], '60 seconds')
+	  FROM credit_lease.policy p
+	 WHERE (p.account = $1 OR p.account IS NULL) AND (p.credit = $2 OR p.credit IS NULL);
+	END;
+COMMENT ON FUNCTION credit_lease.lease_policy(text, text) IS
+	'the settings that hold for a pool, from all rows of policy and the defaults';
+
+CREATE FUNCTION credit_lease.lease_prewarm(account text, credits text[], wait interval DEFAULT NULL)
+	RETURNS SETOF credit_lease.prewarm_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_prewarm(text, text[], interval) IS
+	'has leases acquired for pools that have none, and waits for them: as long as it says, or as acquire_timeout does';
+
+-- The dialect "schematic": what is asked becomes an HTTP request, a reply
+-- becomes an outcome. Both run as the owner of the server.
+CREATE FUNCTION credit_lease.url_encode(value text)
+	RETURNS text
+	LANGUAGE sql IMMUTABLE STRICT
+	SET search_path = pg_catalog, pg_temp
+	BEGIN ATOMIC
+	SELECT coalesce(string_agg(CASE WHEN chr(b.byte) ~ '[A-Za-z0-9._~-]' AND b.byte < 128 THEN chr(b.byte)
+			ELSE '%' || upper(lpad(to_hex(b.byte), 2, '0')) END, '' ORDER BY b.n), '')
+	  FROM (SELECT g.n, get_byte(convert_to($1, 'UTF8'), g.n)
+			  FROM generate_series(0, octet_length(convert_to($1, 'UTF8')) - 1) AS g (n)) AS b (n, byte);
+	END;
+COMMENT ON FUNCTION credit_lease.url_encode(text) IS 'a text as a part of a URL''s path (RFC 3986)';
+
+CREATE FUNCTION credit_lease.schematic_request(operation text, request jsonb)
+	RETURNS jsonb
+	LANGUAGE sql STABLE
+	SET search_path = pg_catalog, pg_temp
+	BEGIN ATOMIC
+	SELECT jsonb_build_object(
+		'url', CASE WHEN $1 = 'report' THEN rtrim(coalesce($2->>'events_url', $2->>'url'), '/') || '/batch'
+			ELSE rtrim($2->>'url', '/') || '/billing/credits/lease'
+				|| coalesce('/' || credit_lease.url_encode($2->>'lease_id') || '/' || nullif($1, 'acquire'), '') END,
+		'headers', jsonb_build_object('X-Schematic-Api-Key', $2->'api_key', 'Idempotency-Key', $2->'idempotency_key'),
+		'body', CASE $1
+			WHEN 'acquire' THEN jsonb_build_object('company_id', $2->'company_id', 'credit_type_id', $2->'credit_type_id',
+				'requested_amount', $2->'amount', 'expires_at', $2->'expires_at')
+			WHEN 'extend' THEN jsonb_build_object('additional_amount', $2->'amount', 'expires_at', $2->'expires_at')
+			WHEN 'release' THEN jsonb_build_object()
+			WHEN 'report' THEN jsonb_build_object('events', (
+				SELECT jsonb_agg(jsonb_build_object('api_key', $2->'api_key', 'type', 'track',
+						'idempotency_key', e.event->'idempotency_key', 'sent_at', e.event->'created_at',
+						'body', jsonb_build_object('event', e.event->'event', 'quantity', e.event->'quantity',
+							'lease_id', e.event->'lease_id', 'company', jsonb_build_object('id', e.event->'company_id'))) ORDER BY e.n)
+				  FROM jsonb_array_elements($2->'events') WITH ORDINALITY AS e (event, n)))
+			END);
+	END;
+COMMENT ON FUNCTION credit_lease.schematic_request(text, jsonb) IS 'dialect schematic: the HTTP request for an operation (acquire, extend, release or report)';
+
+CREATE FUNCTION credit_lease.schematic_outcome(operation text, request jsonb, status integer, reply jsonb)
+	RETURNS jsonb
+	LANGUAGE sql STABLE
+	SET search_path = pg_catalog, pg_temp
+	BEGIN ATOMIC
+	SELECT CASE WHEN $3 NOT BETWEEN 200 AND 299 THEN jsonb_build_object('error', $4->'error')
+		WHEN $1 = 'report' THEN jsonb_build_object()
+		ELSE jsonb_build_object('lease_id', d.data->'id', 'company_id', d.data->'company_id',
+			'credit_type_id', d.data->'credit_type_id', 'granted', d.data->'granted_amount',
+			'expires_at', d.data->'expires_at', 'released_at', d.data->'released_at') END
+	  FROM (SELECT $4->'data') AS d (data);
+	END;
+COMMENT ON FUNCTION credit_lease.schematic_outcome(text, jsonb, integer, jsonb) IS 'dialect schematic: what a reply says';
+
 -- Runs as whoever sets the options: it asks for his rights. CREATE SERVER calls
 -- it without EXECUTE.
 CREATE FUNCTION credit_lease.upstream_validator(text[], oid)
@@ -707,5 +930,6 @@ REVOKE ALL ON ALL TABLES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON TYPE credit_lease.topup_result, credit_lease.entry_result, credit_lease.consume_result,
-	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result, credit_lease.worker_result FROM PUBLIC;
+	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result, credit_lease.worker_result,
+	credit_lease.upstream_result, credit_lease.policy_result, credit_lease.prewarm_result FROM PUBLIC;
 REVOKE ALL ON SCHEMA credit_lease FROM PUBLIC;

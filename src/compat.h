@@ -8,6 +8,7 @@
 #ifndef CREDIT_LEASE_COMPAT_H
 #define CREDIT_LEASE_COMPAT_H
 
+#include "storage/latch.h"
 #include "utils/acl.h"
 #include "utils/datetime.h"
 #include "utils/guc.h"
@@ -19,6 +20,9 @@
 #define guc_malloc(elevel, size) malloc(size)
 
 #define object_ownercheck(classid, objectid, roleid) pg_database_ownercheck(objectid, roleid)
+#define object_aclcheck(classid, objectid, roleid, mode) \
+	((classid) == ForeignServerRelationId ? pg_foreign_server_aclcheck(objectid, roleid, mode) : \
+	 pg_proc_aclcheck(objectid, roleid, mode))
 
 typedef struct DateTimeErrorExtra
 {
@@ -35,6 +39,9 @@ typedef struct DateTimeErrorExtra
 
 #if PG_VERSION_NUM < 170000
 #define WaitEventExtensionNew(name) ((void) (name), PG_WAIT_EXTENSION)
+
+#define CreateWaitEventSet(resowner, nevents) \
+	((void) (resowner), CreateWaitEventSet(TopMemoryContext, nevents))
 #endif
 
 #endif							/* CREDIT_LEASE_COMPAT_H */

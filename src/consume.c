@@ -10,6 +10,7 @@
 #include "ledger.h"
 #include "reclaim.h"
 #include "statement.h"
+#include "supply.h"
 
 static const EntryKind kind_consume = {.name = "consume", .bucket = CONSUMED};
 
@@ -35,7 +36,7 @@ consume(FunctionCallInfo fcinfo, bool try)
 	request.metadata = argument_optional_jsonb(fcinfo, 4);
 	caller = statement_begin();
 
-	reclaim_lock(&pool, ACCOUNT_LOCK);
+	supply_lock(&pool, &request, amount);
 	refused = !reclaim_cover(&pool, amount) || pool_is_frozen(&pool);
 	if (!refused)
 	{
@@ -63,7 +64,7 @@ consume(FunctionCallInfo fcinfo, bool try)
 /*
  * lease_consume(account, credit, amount, idempotency_key, metadata)
  *		Spends an amount in burn order and returns what was done. Raises LC001,
- *		LC002, LC007 and LC009.
+ *		LC002, LC007, LC008 and LC009.
  */
 PG_FUNCTION_INFO_V1(lease_consume);
 Datum
@@ -74,7 +75,7 @@ lease_consume(PG_FUNCTION_ARGS)
 
 /*
  * lease_try_consume(account, credit, amount, idempotency_key, metadata)
- *		The same, but returns applied = false where that raises LC001 or LC007.
+ *		The same, but returns applied = false where that raises LC001, LC007 or LC008.
  */
 PG_FUNCTION_INFO_V1(lease_try_consume);
 Datum

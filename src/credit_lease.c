@@ -29,7 +29,10 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "demand.h"
 #include "launcher.h"
+#include "supply.h"
+#include "upstream_state.h"
 #include "worker.h"
 #include "worker_state.h"
 
@@ -43,11 +46,14 @@ _PG_init(void)
 	clock_define_settings();
 	worker_define_settings();
 	worker_state_define_settings();
+	supply_define_settings();
 	MarkGUCPrefixReserved("credit_lease");
 
 	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
 	{
 		worker_state_request();
+		upstream_state_request();
+		demand_request();
 		launcher_register();
 	}
 }

@@ -13,6 +13,7 @@
 #define ERRCODE_LEASE_EXPIRED				MAKE_SQLSTATE('L','C','0','0','4')
 #define ERRCODE_LEASE_ENDED					MAKE_SQLSTATE('L','C','0','0','5')
 #define ERRCODE_LEASE_FROZEN				MAKE_SQLSTATE('L','C','0','0','7')
+#define ERRCODE_LEASE_UNREACHABLE			MAKE_SQLSTATE('L','C','0','0','8')
 #define ERRCODE_LEASE_BOOKS					MAKE_SQLSTATE('L','C','0','0','9')
 
 #endif							/* CREDIT_LEASE_ERRORS_H */

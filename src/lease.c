@@ -23,10 +23,12 @@
 
 #include "argument.h"
 #include "clock.h"
+#include "demand.h"
 #include "ledger.h"
 #include "reclaim.h"
 #include "statement.h"
 #include "upstream.h"
+#include "worker_state.h"
 
 static const EntryKind kind_install = {.name = "install", .bucket = GRANTED};
 static const EntryKind kind_extend = {.name = "extend", .bucket = GRANTED};
@@ -44,6 +46,25 @@ static Statement candidates_statement = {
 	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.expires_at > $4",
 	.nargs = 4,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+/* From where the worker reads what is spent of a lease, to report it. */
+static Statement usage_statement = {
+	.sql = "INSERT INTO credit_lease.lease_usage (account, credit, tranche_id) VALUES ($1, $2, $3)",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, INT8OID}
+};
+
+/* What the worker is to tell the upstream, when this has committed (rule 9) */
+static Statement release_statement = {
+	.sql = "INSERT INTO credit_lease.upstream_request (account, credit, kind, lease_id, server, company_id, credit_type_id,"
+	"  expires_at, created_at, next_try_at)"
+	" SELECT $1, $2, 'release', $3, $4, coalesce(u.company_id, p.company_id), p.credit_type_id, $6, $7, $7"
+	" FROM credit_lease.lease_usage u, credit_lease.lease_policy($1, $2) p"
+	" WHERE u.account = $1 AND u.credit = $2 AND u.tranche_id = $5"
+	" ON CONFLICT (account, credit, kind, lease_id) DO NOTHING",
+	.nargs = 7,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
 
 static bool
@@ -184,6 +205,15 @@ lease_install(PG_FUNCTION_ARGS)
 		tranche->server = server;
 		tranche->lease_id = lease_id;
 		ledger_post(&pool, &request, &reservation_id);
+		if (server)
+		{
+			Parameters	parameters = {0};
+
+			parameter_add_pointer(&parameters, pool.account);
+			parameter_add_pointer(&parameters, pool.credit);
+			parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
+			statement_execute(&usage_statement, &parameters);
+		}
 	}
 	SPI_finish();
 	PG_RETURN_BOOL(!taken);
@@ -248,11 +278,29 @@ lease_extend(PG_FUNCTION_ARGS)
 	PG_RETURN_BOOL(extended);
 }
 
+static void
+tell_upstream(const Pool *pool, const Tranche *lease)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	parameter_add_pointer(&parameters, lease->lease_id);
+	parameter_add_pointer(&parameters, lease->server);
+	parameter_add(&parameters, Int64GetDatum(lease->tranche_id));
+	parameter_add(&parameters, TimestampTzGetDatum(lease->expires_at));
+	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
+	statement_execute(&release_statement, &parameters);
+	demand_at_commit(WAKE_FOR_LEASES);
+}
+
 /*
  * lease_release(account, credit, lease_id)
  *		Returns what remains of the live lease with an id, or of all of the
  *		pool's, which serve nobody from then on; returns false where there is
- *		none. A lease of which nothing remains has no entry. Raises LC009.
+ *		none. A lease of which nothing remains has no entry. The worker tells the
+ *		server, when all that was spent has been reported and no hold has any
+ *		of the lease. Raises LC009.
  */
 PG_FUNCTION_INFO_V1(lease_release);
 Datum
@@ -282,6 +330,8 @@ lease_release(PG_FUNCTION_ARGS)
 		tranche->released_at = pool.now;
 		tranche->alive = false;
 		released = true;
+		if (tranche->server)
+			tell_upstream(&pool, tranche);
 		moved = moved || amount_sign(remaining) > 0;
 	}
 	if (moved)

@@ -19,9 +19,11 @@
 #include "utils/timestamp.h"
 
 #include "amount.h"
+#include "demand.h"
 #include "errors.h"
 #include "ledger.h"
 #include "statement.h"
+#include "worker_state.h"
 
 /* A number is drawn in the statement that needs it, and in no other. */
 #define APPEND(tranche_id, reservation_id) \
@@ -268,6 +270,12 @@ change_tranche(const Pool *pool, Tranche *tranche)
 	parameter_add_pointer(&parameters, &tranche->tid);
 	add_state(&parameters, tranche);
 	write_tranche(pool, tranche, &change_statement, &parameters);
+
+	/* once, when it falls below: the worker looks by itself as well */
+	if (tranche->refill_below &&
+		amount_compare(tranche->balance[REMAINING], tranche->refill_below) <= 0 &&
+		amount_compare(tranche->stored[REMAINING], tranche->refill_below) > 0)
+		demand_at_commit(WAKE_FOR_LEASES);
 }
 
 static void

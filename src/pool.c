@@ -61,6 +61,8 @@ enum
 	COLUMN_SERVER,
 	COLUMN_LEASE_ID,
 	COLUMN_RELEASED_AT,
+	COLUMN_REFILL_BELOW,
+	COLUMN_REFRESH_AT,
 	COLUMN_OWNER,
 	COLUMN_HOLD_EXPIRES_AT,
 	COLUMN_OPEN,
@@ -183,6 +185,8 @@ read_tranche(const Pool *pool, uint64 row)
 	tranche->lease_id = read_text(value, null, COLUMN_LEASE_ID);
 	tranche->released_at = tranche->stored_released_at =
 		read_instant(value, null, COLUMN_RELEASED_AT);
+	tranche->refill_below = null[COLUMN_REFILL_BELOW] ? NULL :
+		DatumGetNumeric(value[COLUMN_REFILL_BELOW]);
 	tranche->alive = tranche->expires_at > pool->now && !is_released(tranche);
 	tranche->hold_expires_at = tranche->stored_hold_expires_at =
 		read_instant(value, null, COLUMN_HOLD_EXPIRES_AT);
@@ -430,14 +434,31 @@ pool_take(Pool *pool, Numeric amount, Bucket to)
 		elog(ERROR, "took more credit than was available");
 }
 
-/* Raises LC007 where the pool is frozen, LC001 where it is not. */
+pg_noreturn static void
+refuse_unsupplied(const Pool *pool, Numeric requested)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_UNREACHABLE),
+			 errmsg("credit \"%s\" of account \"%s\" could not be supplied in time",
+					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
+			 errdetail("Available: %s, held: %s, requested: %s; upstream: %s.",
+					   amount_out(pool->available), amount_out(pool->held), amount_out(requested),
+					   pool->unsupplied),
+			 errhint("Try again later.")));
+}
+
+/* Raises LC007 where the pool is frozen, and LC008 or LC001 where it is not. */
 void
 pool_refuse(const Pool *pool, Numeric requested)
 {
 	char	   *reason;
 
 	if (!pool->may_be_frozen || !find_freeze(pool, &reason))
+	{
+		if (pool->unsupplied)
+			refuse_unsupplied(pool, requested);
 		pool_refuse_short(pool, requested);
+	}
 
 	ereport(ERROR,
 			(errcode(ERRCODE_LEASE_FROZEN),

@@ -41,6 +41,7 @@ typedef struct Tranche
 	text	   *lease_id;		/* NULL for what is no lease */
 	TimestampTz released_at;	/* DT_NOEND while it is not */
 	TimestampTz stored_released_at;
+	Numeric		refill_below;	/* see the table; NULL for none */
 	TimestampTz hold_expires_at;	/* none of its holds expires earlier */
 	TimestampTz stored_hold_expires_at;
 	ItemPointerData tid;		/* of the row */
@@ -61,6 +62,7 @@ typedef struct Pool
 
 	TimestampTz now;			/* when it was first read, under the account's lock */
 	bool		may_be_frozen;	/* something of the account is frozen */
+	char	   *unsupplied;		/* why its upstream could not be asked in time, or NULL */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
 	Numeric		available;
 	Numeric		held;

@@ -19,6 +19,7 @@
 #include "ledger.h"
 #include "reclaim.h"
 #include "statement.h"
+#include "supply.h"
 
 static const EntryKind kind_reserve = {.name = "reserve", .bucket = RESERVED};
 static const EntryKind kind_renew = {.name = "renew", .bucket = RESERVED};
@@ -156,7 +157,7 @@ reserve(FunctionCallInfo fcinfo, bool try)
 	request_add_amount(&request, "min_amount", min_amount);
 	request_end_arguments(&request);
 
-	reclaim_lock(&pool, ACCOUNT_LOCK);
+	supply_lock(&pool, &request, least);
 	refused = !(reclaim_cover(&pool, amount) || reclaim_cover(&pool, least)) ||
 		pool_is_frozen(&pool);
 	if (!refused)
@@ -197,7 +198,7 @@ reserve(FunctionCallInfo fcinfo, bool try)
 /*
  * lease_reserve(account, credit, amount, ttl, idempotency_key, min_amount, metadata)
  *		Holds an amount, or with min_amount as much of it as there is, and
- *		returns the hold. Raises LC001, LC002, LC007 and LC009, and LC004 or
+ *		returns the hold. Raises LC001, LC002, LC007, LC008 and LC009, and LC004 or
  *		LC005 where the key made a hold that has ended.
  */
 PG_FUNCTION_INFO_V1(lease_reserve);
@@ -209,7 +210,7 @@ lease_reserve(PG_FUNCTION_ARGS)
 
 /*
  * lease_try_reserve(account, credit, amount, ttl, idempotency_key, min_amount, metadata)
- *		The same, but returns applied = false where that raises LC001 or LC007.
+ *		The same, but returns applied = false where that raises LC001, LC007 or LC008.
  */
 PG_FUNCTION_INFO_V1(lease_try_reserve);
 Datum

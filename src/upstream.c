@@ -15,18 +15,29 @@
 #include "postgres.h"
 
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <netinet/in.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "access/reloptions.h"
+#include "catalog/namespace.h"
 #include "catalog/pg_authid.h"
 #include "catalog/pg_foreign_server.h"
+#include "catalog/pg_proc.h"
+#include "catalog/pg_type.h"
 #include "catalog/pg_user_mapping.h"
 #include "commands/defrem.h"
 #include "fmgr.h"
 #include "foreign/foreign.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
+#include "storage/fd.h"
 #include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/syscache.h"
+#include "utils/varlena.h"
 
 #include "compat.h"
 #include "upstream.h"
@@ -36,7 +47,11 @@
 /* The longest URL, in bytes. */
 #define MAX_URL	512
 
-static const char *const dialect_word[] = {"schematic", "metronome"};
+/* The longest that a dialect makes of it: a lease's id may be long, too. */
+#define MAX_REQUEST_URL	4096
+
+/* The longest API key, in bytes. */
+#define MAX_KEY	4096
 
 typedef struct Option
 {
@@ -59,22 +74,51 @@ static const Option options[] = {
 
 #define NOPTIONS	((int) lengthof(options))
 
+/*
+ * Returns one of the two functions that a dialect is, NAME_request and
+ * NAME_outcome, InvalidOid if it is not there. A name without a schema is one
+ * of the extension's own: nobody's search_path decides.
+ */
+static Oid
+find_function(const char *dialect, const char *suffix, int nargs, const Oid *argtypes)
+{
+	List	   *names;
+	char	   *name;
+	Oid			function;
+
+	if (!SplitIdentifierString(pstrdup(dialect), '.', &names) ||
+		names == NIL || list_length(names) > 2)
+		return InvalidOid;
+	name = psprintf("%s_%s", (char *) llast(names), suffix);
+	function = GetSysCacheOid3(PROCNAMEARGSNSP, Anum_pg_proc_oid,
+							   CStringGetDatum(name),
+							   PointerGetDatum(buildoidvector(argtypes, nargs)),
+							   ObjectIdGetDatum(get_namespace_oid(list_length(names) == 2 ? linitial(names) : WRAPPER,
+																  true)));
+	return OidIsValid(function) && get_func_rettype(function) == JSONBOID ? function : InvalidOid;
+}
+
+static bool
+find_dialect(const char *dialect, Oid *request_function, Oid *outcome_function)
+{
+	const Oid	argtypes[] = {TEXTOID, JSONBOID, INT4OID, JSONBOID};
+
+	*request_function = find_function(dialect, "request", 2, argtypes);
+	*outcome_function = find_function(dialect, "outcome", 4, argtypes);
+	return OidIsValid(*request_function) && OidIsValid(*outcome_function);
+}
+
 static void
 check_dialect(const char *name, const char *value)
 {
-	StringInfoData known;
+	Oid			request_function;
+	Oid			outcome_function;
 
-	initStringInfo(&known);
-	for (int i = 0; i < (int) lengthof(dialect_word); i++)
-	{
-		if (strcmp(value, dialect_word[i]) == 0)
-			return;
-		appendStringInfo(&known, "%s%s", i > 0 ? ", " : "", dialect_word[i]);
-	}
-	ereport(ERROR,
-			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-			 errmsg("unrecognized %s", name),
-			 errhint("Known dialects are: %s.", known.data)));
+	if (!find_dialect(value, &request_function, &outcome_function))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("unrecognized %s", name),
+				 errhint("It is schematic, or the name of two functions of yours, schema.NAME_request(text, jsonb) and schema.NAME_outcome(text, jsonb, integer, jsonb), that return jsonb.")));
 }
 
 pg_noreturn static void
@@ -144,15 +188,15 @@ is_port(const char *port)
  * that libcurl would.
  */
 static void
-check_url(const char *name, const char *value)
+check_url_of(const char *name, const char *value, int longest)
 {
 	char	   *host;
 	char	   *rest;
 	bool		plain;
 	bool		loopback = false;
 
-	if (strlen(value) > MAX_URL)
-		bad_url(name, psprintf("It must not be longer than %d bytes.", MAX_URL));
+	if (strlen(value) > (size_t) longest)
+		bad_url(name, psprintf("It must not be longer than %d bytes.", longest));
 	for (const char *c = value; *c != '\0'; c++)
 	{
 		if (*c <= ' ' || *c > '~' || *c == '\\')
@@ -189,6 +233,12 @@ check_url(const char *name, const char *value)
 	}
 	if (plain && !loopback)
 		bad_url(name, "Without TLS it must be 127.0.0.0/8, [::1] or localhost.");
+}
+
+static void
+check_url(const char *name, const char *value)
+{
+	check_url_of(name, value, MAX_URL);
 }
 
 /*
@@ -287,4 +337,103 @@ upstream_require(const char *server)
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("server \"%s\" is not an upstream", server),
 				 errhint("An upstream is a server of the foreign-data wrapper \"%s\".", WRAPPER)));
+}
+
+static char *
+find_option(List *options, const char *name)
+{
+	ListCell   *cell;
+
+	foreach(cell, options)
+	{
+		DefElem    *def = lfirst_node(DefElem, cell);
+
+		if (strcmp(def->defname, name) == 0)
+			return defGetString(def);
+	}
+	return NULL;
+}
+
+pg_noreturn static void
+bad_key_file(const char *why)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_CONFIG_FILE_ERROR),
+			 errmsg("the API key file %s", why)));
+}
+
+/*
+ * Reads an API key: one line of visible ASCII, so that it cannot end a header.
+ * A file that others can read is refused, as a private key of the server is.
+ */
+static char *
+read_key(const char *path)
+{
+	char		key[MAX_KEY + 2];
+	struct stat status;
+	ssize_t		length;
+	int			file = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
+
+	if (file < 0 || fstat(file, &status) != 0)
+		bad_key_file("could not be opened");
+	if (!S_ISREG(status.st_mode))
+		bad_key_file("is not a regular file");
+	if (status.st_mode & (S_IRWXG | S_IRWXO))
+		bad_key_file("must not be accessible by group or others");
+	length = read(file, key, sizeof(key) - 1);
+	CloseTransientFile(file);
+	if (length < 0)
+		bad_key_file("could not be read");
+
+	key[length] = '\0';
+	key[strcspn(key, "\r\n")] = '\0';
+	if (key[0] == '\0')
+		bad_key_file("is empty");
+	if (strlen(key) > MAX_KEY)
+		bad_key_file("is too long");
+	for (const char *c = key; *c != '\0'; c++)
+	{
+		if (*c <= ' ' || *c > '~')
+			bad_key_file("must be one line of visible ASCII characters");
+	}
+	return pstrdup(key);
+}
+
+/*
+ * upstream_load
+ *		Returns an upstream as the current user may use it, with its key, in
+ *		the current memory context. Raises 42704 or 42809 where there is none,
+ *		42501, F0000 for a key file that is of no use, and 22023 where the
+ *		dialect is gone.
+ */
+Upstream *
+upstream_load(const char *server)
+{
+	Upstream   *upstream = palloc0(sizeof(Upstream));
+	ForeignServer *found;
+	UserMapping *mapping;
+
+	upstream_require(server);
+	found = GetForeignServerByName(server, false);
+	if (object_aclcheck(ForeignServerRelationId, found->serverid, GetUserId(), ACL_USAGE) != ACLCHECK_OK)
+		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_FOREIGN_SERVER, server);
+	mapping = GetUserMapping(GetUserId(), found->serverid);
+
+	upstream->owner = found->owner;
+	upstream->url = find_option(found->options, "url");
+	upstream->events_url = find_option(found->options, "events_url");
+	if (!find_dialect(find_option(found->options, "dialect"),
+					  &upstream->request_function, &upstream->outcome_function))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("the dialect of server \"%s\" is not there", server)));
+	upstream->key = read_key(find_option(mapping->options, "api_key_file"));
+	return upstream;
+}
+
+/* Raises 22023 unless what a dialect has made is a URL that may be asked. */
+void
+upstream_require_url(const char *url)
+{
+	check_url_of("url", url, MAX_REQUEST_URL);
 }

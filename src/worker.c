@@ -1,11 +1,21 @@
 /*
  * worker.c
- *		The background worker of one database: gives back what has expired.
+ *		The background worker of one database: gives back what has expired,
+ *		leases what is needed, reports what was used.
  *
- * It calls lease_reclaim() in SQL, in batches that are a short transaction
- * each. An error ends the batch, not the worker: it is logged and shown in
+ * It goes round: sweeps when it is time to, in batches; takes in what
+ * upstreams have answered; looks what is to be asked and reported; sends it,
+ * after that has been committed; and waits for its latch, the upstreams and
+ * the time. Every step is a short transaction of its own, and none is open
+ * while anything is waited for (rule 12).
+ *
+ * An error ends the step, not the worker: it is logged and shown in
  * worker_status, and the next try comes later and later. Nothing depends on
- * the worker (rule 7); it keeps the tables small and the balances fresh.
+ * the worker but the supply from upstreams (rule 7).
+ *
+ * What it does with the extension's tables it does as the extension's owner,
+ * as the SQL functions do; so its role needs no rights but to call
+ * lease_reclaim(), and USAGE of the servers with a user mapping.
  *
  * SIGTERM is die(), which ends it at the next CHECK_FOR_INTERRUPTS() with an
  * exit code that lets the launcher start it again.
@@ -16,6 +26,8 @@
 
 #include "access/xact.h"
 #include "catalog/pg_type.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_namespace.h"
 #include "commands/extension.h"
 #include "libpq/pqsignal.h"
 #include "miscadmin.h"
@@ -26,12 +38,18 @@
 #include "storage/latch.h"
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "exchange.h"
+#include "leasing.h"
+#include "report.h"
 #include "statement.h"
+#include "upstream_state.h"
 #include "worker.h"
 #include "worker_state.h"
 
@@ -39,10 +57,26 @@
 #define LOOK_MS			500
 #define LONGEST_WAIT_MS	60000
 
+/* No lock is waited for longer: somebody's transaction must not stop the worker. */
+#define LOCK_TIMEOUT	"100ms"
+
+/* An answer for an account that is locked is tried again after that. */
+#define TAKE_AGAIN_MS	10
+
 static char *role;
 static int	sweep_interval;
 static int	sweep_batch;
+static int	connect_timeout;
+static int	request_timeout;
+static int	max_requests;
 static uint32 wait_event;
+
+/* What is under way, and what was answered and is not taken in yet; of Exchange */
+static List *exchanges = NIL;
+static List *answered = NIL;
+
+/* The options of a server or of a user mapping have changed. */
+static bool upstreams_changed = false;
 
 static Statement sweep_statement = {
 	.sql = "SELECT credit_lease.lease_reclaim($1)",
@@ -79,6 +113,30 @@ worker_define_settings(void)
 							PGC_SIGHUP,
 							0,
 							NULL, NULL, NULL);
+	DefineCustomIntVariable("credit_lease.connect_timeout",
+							"Sets how long a worker waits for a connection to an upstream.",
+							NULL,
+							&connect_timeout,
+							2000, 1, 600 * 1000,
+							PGC_SIGHUP,
+							GUC_UNIT_MS,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("credit_lease.request_timeout",
+							"Sets how long a worker waits for the answer of an upstream, the connection included.",
+							NULL,
+							&request_timeout,
+							5000, 1, 600 * 1000,
+							PGC_SIGHUP,
+							GUC_UNIT_MS,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("credit_lease.max_requests",
+							"Sets how many requests to upstreams a worker has under way at a time.",
+							NULL,
+							&max_requests,
+							32, 1, 1000,
+							PGC_SIGHUP,
+							0,
+							NULL, NULL, NULL);
 }
 
 static bool
@@ -92,7 +150,28 @@ is_installed(void)
 	return installed;
 }
 
-/* Sweeps a batch in a transaction of its own; returns how many holds it gave back. */
+/* Begins a step; the activity is what pg_stat_activity shows. */
+static void
+begin_step(const char *activity)
+{
+	SetCurrentStatementStartTimestamp();
+	pgstat_report_activity(STATE_RUNNING, activity);
+	StartTransactionCommand();
+	statement_begin();
+	PushActiveSnapshot(GetTransactionSnapshot());
+}
+
+static void
+end_step(void)
+{
+	PopActiveSnapshot();
+	SPI_finish();
+	CommitTransactionCommand();
+	pgstat_report_stat(true);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/* Sweeps a batch; returns how many holds it gave back. */
 static int64
 sweep(void)
 {
@@ -100,20 +179,112 @@ sweep(void)
 	bool		isnull;
 	int64		holds;
 
-	SetCurrentStatementStartTimestamp();
-	StartTransactionCommand();
-	pgstat_report_activity(STATE_RUNNING, "giving back what has expired");
-	statement_begin();
+	begin_step("giving back what has expired");
 	parameter_add(&parameters, Int32GetDatum(sweep_batch));
-	PushActiveSnapshot(GetTransactionSnapshot());
 	statement_execute(&sweep_statement, &parameters);
 	holds = DatumGetInt64(statement_value(0, 1, &isnull));
-	PopActiveSnapshot();
-	SPI_finish();
-	CommitTransactionCommand();
-	pgstat_report_stat(true);
-	pgstat_report_activity(STATE_IDLE, NULL);
+	end_step();
 	return holds;
+}
+
+/* Takes the extension owner's rights until the end of the step, or of what fails. */
+static Oid
+become_owner(int *security)
+{
+	Oid			user;
+	Oid			schema = get_namespace_oid("credit_lease", false);
+	HeapTuple	tuple = SearchSysCache1(NAMESPACEOID, ObjectIdGetDatum(schema));
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for schema %u", schema);
+	GetUserIdAndSecContext(&user, security);
+	SetUserIdAndSecContext(((Form_pg_namespace) GETSTRUCT(tuple))->nspowner,
+						   *security | SECURITY_LOCAL_USERID_CHANGE);
+	ReleaseSysCache(tuple);
+	return user;
+}
+
+/* Takes in what upstreams have answered; one whose account is locked stays. */
+static void
+take_answers(void)
+{
+	Exchange   *exchange;
+	ListCell   *cell;
+
+	if (http_in_flight() > 0)
+	{
+		begin_step("reading answers of upstreams");
+		while ((exchange = exchange_next()) != NULL)
+		{
+			MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+			answered = lappend(answered, exchange);
+			MemoryContextSwitchTo(old);
+		}
+		end_step();
+	}
+
+	foreach(cell, answered)
+	{
+		bool		taken = true;
+		int			security;
+		Oid			user;
+
+		exchange = lfirst(cell);
+		begin_step("taking in the answer of an upstream");
+		user = become_owner(&security);
+		if (exchange->nreports > 0)
+			report_take(exchange);
+		else
+			taken = leasing_take(exchange);
+		SetUserIdAndSecContext(user, security);
+		end_step();
+		if (!taken)
+			continue;
+		answered = foreach_delete_current(answered, cell);
+		exchanges = list_delete_ptr(exchanges, exchange);
+		exchange_end(exchange);
+	}
+}
+
+/*
+ * Finds what is to be asked and reported, and sends it after that has been
+ * committed. Whether there may be more to collect is the result.
+ */
+static bool
+ask(int slot, bool look, TimestampTz *next_due)
+{
+	List	   *prepared;
+	ListCell   *cell;
+	int			woken_for = worker_state_woken_for(slot);
+	bool		more = false;
+	int			security;
+	Oid			user;
+
+	begin_step("looking what to ask of upstreams");
+	user = become_owner(&security);
+	if (look || woken_for != 0)
+		leasing_look(woken_for & WAKE_FOR_POLICIES);
+	leasing_meet_demand(exchanges);
+	if (look)
+		more = report_collect();
+	SetUserIdAndSecContext(user, security);
+	end_step();
+
+	begin_step("asking upstreams");
+	user = become_owner(&security);
+	prepared = leasing_prepare(exchanges, max_requests - http_in_flight(), next_due);
+	prepared = list_concat(prepared,
+						   report_prepare(exchanges, max_requests - http_in_flight() - list_length(prepared),
+										  next_due));
+	MemoryContextSwitchTo(TopMemoryContext);
+	exchanges = list_concat(exchanges, prepared);
+	SetUserIdAndSecContext(user, security);
+	end_step();
+
+	foreach(cell, prepared)
+		exchange_send(lfirst(cell), connect_timeout, request_timeout);
+	return more;
 }
 
 static void
@@ -130,14 +301,25 @@ reload(void)
 
 /* Waits, for at most so many milliseconds, and does what was asked for meanwhile. */
 static void
-pause_for(int milliseconds)
+pause_for(long milliseconds)
 {
-	WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, milliseconds,
-			  wait_event);
+	http_wait(milliseconds, wait_event);
 	ResetLatch(MyLatch);
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
+	{
 		reload();
+		upstreams_changed = true;
+	}
+	if (upstreams_changed)
+		upstream_state_try_again();
+	upstreams_changed = false;
+}
+
+static void
+note_upstreams_changed(Datum arg, int cache, uint32 hash)
+{
+	upstreams_changed = true;
 }
 
 /* Ends what an error has interrupted, and tells of it. */
@@ -145,6 +327,7 @@ static void
 recover(int slot, MemoryContext context)
 {
 	ErrorData  *error;
+	ListCell   *cell;
 
 	error_context_stack = NULL;
 	HOLD_INTERRUPTS();
@@ -154,6 +337,13 @@ recover(int slot, MemoryContext context)
 	worker_state_failed(slot, error->message);
 	AbortCurrentTransaction();
 	FlushErrorState();
+
+	/* what is under way is in the tables, and is asked again */
+	http_forget_all();
+	foreach(cell, exchanges)
+		exchange_end(lfirst(cell));
+	exchanges = answered = NIL;
+	upstream_state_clear();
 	pgstat_report_activity(STATE_IDLE, NULL);
 	RESUME_INTERRUPTS();
 }
@@ -163,6 +353,8 @@ worker_main(Datum arg)
 {
 	int			slot = DatumGetInt32(arg);
 	volatile int failures = 0;
+	volatile TimestampTz next_sweep = 0;
+	volatile TimestampTz next_look = 0;
 	MemoryContext loop;
 	sigjmp_buf	failed;
 
@@ -171,6 +363,12 @@ worker_main(Datum arg)
 	BackgroundWorkerUnblockSignals();
 	wait_event = WaitEventExtensionNew("CreditLeaseWorker");
 	BackgroundWorkerInitializeConnection(worker_state_database(slot), role[0] ? role : NULL, 0);
+	SetConfigOption("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_OVERRIDE);
+	SetConfigOption("lock_timeout", LOCK_TIMEOUT, PGC_USERSET, PGC_S_OVERRIDE);
+	http_begin();
+	upstream_state_clear();
+	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, note_upstreams_changed, (Datum) 0);
+	CacheRegisterSyscacheCallback(USERMAPPINGOID, note_upstreams_changed, (Datum) 0);
 	worker_state_started(slot);
 	loop = AllocSetContextCreate(TopMemoryContext, "credit_lease worker", ALLOCSET_DEFAULT_SIZES);
 
@@ -183,24 +381,40 @@ worker_main(Datum arg)
 
 	for (;;)
 	{
+		TimestampTz now;
+		TimestampTz next_due;
 		int64		holds = 0;
-		bool		installed;
 
 		MemoryContextSwitchTo(loop);
 		MemoryContextReset(loop);
 		if (failures > 0)
 			pause_for(Min(500 << failures, LONGEST_WAIT_MS));
+		if (!is_installed())
+		{
+			failures = 0;
+			pause_for(LOOK_MS);
+			continue;
+		}
 
-		installed = is_installed();
-		if (installed)
+		now = GetCurrentTimestamp();
+		if (now >= next_sweep)
 		{
 			holds = sweep();
 			worker_state_swept(slot, holds);
+			if (holds < sweep_batch)
+				next_sweep = TimestampTzPlusMilliseconds(now, sweep_interval);
 		}
+		take_answers();
+		next_due = next_sweep;
+		if (ask(slot, now >= next_look, &next_due))
+			next_due = now;
+		else if (now >= next_look)
+			next_look = TimestampTzPlusMilliseconds(now, sweep_interval);
 		failures = 0;
-		if (!installed)
-			pause_for(LOOK_MS);
-		else
-			pause_for(holds < sweep_batch ? sweep_interval : 0);
+
+		next_due = Min(next_due, next_look);
+		if (answered != NIL)
+			next_due = Min(next_due, TimestampTzPlusMilliseconds(now, TAKE_AGAIN_MS));
+		pause_for(TimestampDifferenceMilliseconds(GetCurrentTimestamp(), next_due));
 	}
 }

@@ -18,7 +18,9 @@
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "storage/ipc.h"
+#include "storage/latch.h"
 #include "storage/lwlock.h"
+#include "storage/proc.h"
 #include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -35,6 +37,9 @@ typedef struct WorkerSlot
 {
 	NameData	database;		/* empty for a free slot */
 	pid_t		pid;			/* 0 while no worker runs */
+	Oid			oid;			/* of the database, while a worker runs */
+	int			procno;			/* of the worker */
+	int			wake_for;		/* what was asked for since the worker last looked */
 	TimestampTz held_off_until;
 	TimestampTz started_at;
 	TimestampTz swept_at;		/* 0 for never */
@@ -211,11 +216,54 @@ worker_state_started(int slot)
 {
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	slots[slot].pid = MyProcPid;
+	slots[slot].oid = MyDatabaseId;
+	slots[slot].procno = MyProc - ProcGlobal->allProcs;
+	slots[slot].wake_for = WAKE_FOR_LEASES | WAKE_FOR_POLICIES;
 	slots[slot].started_at = GetCurrentTimestamp();
 	slots[slot].swept_at = 0;
 	slots[slot].holds = 0;
 	LWLockRelease(lock);
 	before_shmem_exit(worker_exit, Int32GetDatum(slot));
+}
+
+/*
+ * worker_state_wake
+ *		Wakes the worker of this database, for the reasons that are given as
+ *		bits, and returns whether there is one. Reads no catalog, so that it
+ *		can be called when a transaction has ended.
+ */
+bool
+worker_state_wake(int wake_for)
+{
+	int			procno = -1;
+
+	if (slots == NULL)
+		return false;
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	for (int i = 0; i < WORKER_SLOTS; i++)
+	{
+		if (slots[i].pid == 0 || slots[i].oid != MyDatabaseId)
+			continue;
+		procno = slots[i].procno;
+		slots[i].wake_for |= wake_for;
+	}
+	LWLockRelease(lock);
+	if (procno >= 0)
+		SetLatch(&ProcGlobal->allProcs[procno].procLatch);
+	return procno >= 0;
+}
+
+/* Returns what the worker was woken for since the last time. */
+int
+worker_state_woken_for(int slot)
+{
+	int			wake_for;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	wake_for = slots[slot].wake_for;
+	slots[slot].wake_for = 0;
+	LWLockRelease(lock);
+	return wake_for;
 }
 
 /* Notes a sweep and how many holds it gave back. */

@@ -6,6 +6,10 @@
 /* How many databases can have a worker. */
 #define WORKER_SLOTS	64
 
+/* What a worker is woken for, beside demand, as bits */
+#define WAKE_FOR_LEASES		1	/* some run low, or are to be released */
+#define WAKE_FOR_POLICIES	2	/* some have changed */
+
 extern void worker_state_request(void);
 extern void worker_state_define_settings(void);
 extern List *worker_state_databases(void);
@@ -15,7 +19,10 @@ extern const char *worker_state_database(int slot);
 extern bool worker_state_is_held_off(const char *database);
 extern void worker_state_make_leave(const char *database);
 
+extern bool worker_state_wake(int wake_for);
+
 extern void worker_state_started(int slot);
+extern int	worker_state_woken_for(int slot);
 extern void worker_state_swept(int slot, int64 holds);
 extern void worker_state_failed(int slot, const char *message);
 

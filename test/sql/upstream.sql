@@ -4,12 +4,20 @@
 --
 SET search_path = credit_lease, test;
 
+-- A dialect of somebody's own: two functions.
+CREATE FUNCTION test.acme_request(operation text, request jsonb) RETURNS jsonb LANGUAGE sql AS $$ SELECT request $$;
+CREATE FUNCTION test.acme_outcome(operation text, request jsonb, status integer, reply jsonb) RETURNS jsonb
+	LANGUAGE sql AS $$ SELECT reply $$;
+CREATE FUNCTION test.half_request(operation text, request jsonb) RETURNS jsonb LANGUAGE sql AS $$ SELECT request $$;
+CREATE FUNCTION test.half_outcome(operation text, request jsonb, status integer, reply jsonb) RETURNS text
+	LANGUAGE sql AS $$ SELECT reply::text $$;
+
 -- What is right.
 CREATE SERVER upstream FOREIGN DATA WRAPPER credit_lease
 	OPTIONS (dialect 'schematic', url 'https://api.example.com', events_url 'https://events.example.com/v1/');
 CREATE USER MAPPING FOR CURRENT_USER SERVER upstream OPTIONS (api_key_file '/etc/postgresql/billing.key');
-ALTER SERVER upstream OPTIONS (SET dialect 'metronome', DROP events_url);
-CREATE SERVER plain FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'metronome', url 'http://127.0.0.1:8080');
+ALTER SERVER upstream OPTIONS (SET dialect 'test.acme', DROP events_url);
+CREATE SERVER plain FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'test.acme', url 'http://127.0.0.1:8080');
 SELECT srvname, srvoptions FROM pg_foreign_server WHERE srvname IN ('upstream', 'plain') ORDER BY 1;
 
 -- What has to be there.
@@ -29,9 +37,8 @@ SELECT * FROM refused($$ CREATE USER MAPPING FOR PUBLIC SERVER upstream OPTIONS 
 SELECT * FROM refused($$ ALTER FOREIGN DATA WRAPPER credit_lease OPTIONS (url 'https://api.example.com') $$);
 SELECT * FROM refused($$ ALTER FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'schematic') $$);
 SELECT * FROM refused($$ ALTER SERVER upstream OPTIONS (SET dialect 'secret') $$);
-SELECT code FROM refusal($$ ALTER SERVER upstream OPTIONS (SET dialect 'Schematic') $$);
-SELECT code FROM refusal($$ ALTER SERVER upstream OPTIONS (SET dialect '') $$);
-SELECT code FROM refusal($$ ALTER SERVER upstream OPTIONS (SET dialect 'schematic ') $$);
+SELECT dialect, r.code FROM (VALUES ('"Schematic"'), (''), ('schematic,'), ('acme'), ('test.half'), ('test.acme.x'), ('nowhere.acme')) v (dialect),
+	LATERAL refusal(format('ALTER SERVER upstream OPTIONS (SET dialect %L)', dialect)) r;
 
 -- A key's file has an absolute path; that it is not there is seen later.
 SELECT path, r.code, r.message FROM (VALUES ('billing.key'), (''), ('./billing.key'), ('~/billing.key')) v (path),
@@ -179,6 +186,7 @@ RESET ROLE;
 
 SET client_min_messages = warning;
 DROP SERVER upstream, plain, made CASCADE;
+DROP FUNCTION test.acme_request, test.acme_outcome, test.half_request, test.half_outcome;
 RESET client_min_messages;
 REVOKE pg_read_server_files FROM regress_credit_lease_maker;
 DROP OWNED BY regress_credit_lease_maker, regress_credit_lease_user;

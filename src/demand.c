@@ -1,0 +1,263 @@
+/*
+ * demand.c
+ *		How a session that is short of credit waits for the worker.
+ *
+ * Every session has one place in shared memory, in which it says what it waits
+ * for; the worker of its database reads all of them, and answers there. What
+ * is said is a hint: the worker looks into the tables for what to do, and the
+ * session, once answered, for what there is. Lost with the memory, it costs a
+ * wait that ends by time.
+ *
+ * What a transaction leaves to be done by the worker, because a lease is
+ * running low or a policy has changed, is told when it commits.
+ *
+ * Locks: the named LWLock credit_lease_demand, for an instant, within which
+ * nothing is allocated and nothing can fail.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "nodes/pg_list.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lwlock.h"
+#include "storage/proc.h"
+#include "storage/shmem.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "demand.h"
+#include "worker_state.h"
+
+#define LOCK_NAME	"credit_lease_demand"
+
+/* An amount as text: no more digits than an amount may have, a sign and a point. */
+#define MAX_AMOUNT	64
+
+typedef struct Place
+{
+	Oid			database;		/* of the session; InvalidOid while it does not wait */
+	DemandAnswer answer;
+	char		account[DEMAND_MAX_NAME + 1];
+	char		credit[DEMAND_MAX_NAME + 1];
+	char		amount[MAX_AMOUNT];
+	char		error[DEMAND_MAX_ERROR];
+} Place;
+
+static Place *places = NULL;	/* one for each process that can be connected */
+static LWLock *lock;
+static shmem_request_hook_type previous_shmem_request = NULL;
+static shmem_startup_hook_type previous_shmem_startup = NULL;
+
+/* What the transaction leaves to the worker */
+static int	wake_for = 0;
+
+static Size
+size(void)
+{
+	return mul_size(sizeof(Place), MaxBackends);
+}
+
+static void
+shmem_request(void)
+{
+	if (previous_shmem_request)
+		previous_shmem_request();
+	RequestAddinShmemSpace(size());
+	RequestNamedLWLockTranche(LOCK_NAME, 1);
+}
+
+static void
+shmem_startup(void)
+{
+	bool		found;
+
+	if (previous_shmem_startup)
+		previous_shmem_startup();
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	places = ShmemInitStruct("credit_lease demand", size(), &found);
+	if (!found)
+		memset(places, 0, size());
+	lock = &GetNamedLWLockTranche(LOCK_NAME)->lock;
+	LWLockRelease(AddinShmemInitLock);
+}
+
+/* Asks for the shared memory; to be called while the library is preloaded. */
+void
+demand_request(void)
+{
+	previous_shmem_request = shmem_request_hook;
+	shmem_request_hook = shmem_request;
+	previous_shmem_startup = shmem_startup_hook;
+	shmem_startup_hook = shmem_startup;
+}
+
+static Place *
+my_place(void)
+{
+	return &places[MyProc - ProcGlobal->allProcs];
+}
+
+static void
+leave(void)
+{
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	my_place()->database = InvalidOid;
+	LWLockRelease(lock);
+}
+
+/* Waits for the answer, which stays DEMAND_PENDING if there is none in time. */
+static DemandAnswer
+wait_for_answer(TimestampTz until, char *error)
+{
+	Place	   *place = my_place();
+	uint32		wait_event = WaitEventExtensionNew("CreditLeaseSupply");
+
+	for (;;)
+	{
+		DemandAnswer answer;
+		long		milliseconds;
+
+		LWLockAcquire(lock, LW_SHARED);
+		answer = place->answer;
+		strlcpy(error, place->error, DEMAND_MAX_ERROR);
+		LWLockRelease(lock);
+		milliseconds = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
+		if (answer != DEMAND_PENDING || milliseconds <= 0)
+			return answer;
+
+		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, milliseconds, wait_event);
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+}
+
+/*
+ * demand_wait
+ *		Asks the worker for an amount to be available in a pool and waits for
+ *		its answer, at most until an instant of the server's clock. Returns
+ *		DEMAND_PENDING where there was none in time, DEMAND_UNREACHABLE where
+ *		no worker runs. *error, of DEMAND_MAX_ERROR bytes, is set to why there
+ *		is no supply, or empty. Holds no lock while it waits.
+ */
+DemandAnswer
+demand_wait(const char *account, const char *credit, Numeric amount, TimestampTz until, char *error)
+{
+	Place	   *place;
+	char	   *digits = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(amount)));
+	DemandAnswer answer = DEMAND_PENDING;
+
+	error[0] = '\0';
+	if (places == NULL || !worker_state_wake(0))
+	{
+		strlcpy(error, "no worker runs in this database", DEMAND_MAX_ERROR);
+		return DEMAND_UNREACHABLE;
+	}
+
+	place = my_place();
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	place->database = MyDatabaseId;
+	place->answer = DEMAND_PENDING;
+	place->error[0] = '\0';
+	strlcpy(place->account, account, sizeof(place->account));
+	strlcpy(place->credit, credit, sizeof(place->credit));
+	strlcpy(place->amount, digits, sizeof(place->amount));
+	LWLockRelease(lock);
+
+	PG_TRY();
+	{
+		worker_state_wake(0);
+		answer = wait_for_answer(until, error);
+	}
+	PG_FINALLY();
+	{
+		leave();
+	}
+	PG_END_TRY();
+	return answer;
+}
+
+static void
+at_end(XactEvent event, void *arg)
+{
+	if (event == XACT_EVENT_COMMIT && wake_for != 0)
+		worker_state_wake(wake_for);
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
+		wake_for = 0;
+}
+
+/* Wakes the worker when the transaction commits, for WAKE_FOR_... */
+void
+demand_at_commit(int reason)
+{
+	static bool registered = false;
+
+	if (!registered)
+		RegisterXactCallback(at_end, NULL);
+	registered = true;
+	wake_for |= reason;
+}
+
+/*
+ * demand_collect
+ *		Returns what sessions of this database wait for, as a list of Demand.
+ */
+List *
+demand_collect(void)
+{
+	List	   *demands = NIL;
+	Place	   *copy = palloc(sizeof(Place));
+
+	for (int i = 0; i < MaxBackends; i++)
+	{
+		Demand	   *demand;
+
+		/* a glance without the lock: who has just come wakes the worker after it */
+		if (places[i].database != MyDatabaseId)
+			continue;
+		LWLockAcquire(lock, LW_SHARED);
+		*copy = places[i];
+		LWLockRelease(lock);
+		if (copy->database != MyDatabaseId || copy->answer != DEMAND_PENDING)
+			continue;
+
+		demand = palloc(sizeof(Demand));
+		demand->account = pstrdup(copy->account);
+		demand->credit = pstrdup(copy->credit);
+		demand->amount = DatumGetNumeric(DirectFunctionCall3(numeric_in,
+															 CStringGetDatum(copy->amount),
+															 ObjectIdGetDatum(InvalidOid),
+															 Int32GetDatum(-1)));
+		demands = lappend(demands, demand);
+	}
+	pfree(copy);
+	return demands;
+}
+
+/* Answers every session of this database that waits for a pool; error may be NULL. */
+void
+demand_answer(const char *account, const char *credit, DemandAnswer answer, const char *error)
+{
+	for (int i = 0; i < MaxBackends; i++)
+	{
+		Place	   *place = &places[i];
+		bool		mine;
+
+		if (place->database != MyDatabaseId)
+			continue;
+		LWLockAcquire(lock, LW_EXCLUSIVE);
+		mine = place->database == MyDatabaseId && place->answer == DEMAND_PENDING &&
+			strcmp(place->account, account) == 0 && strcmp(place->credit, credit) == 0;
+		if (mine)
+		{
+			place->answer = answer;
+			strlcpy(place->error, error ? error : "", sizeof(place->error));
+		}
+		LWLockRelease(lock);
+		if (mine)
+			SetLatch(&ProcGlobal->allProcs[i].procLatch);
+	}
+}

@@ -1,0 +1,497 @@
+/*
+ * exchange.c
+ *		One exchange with an upstream: from what is to be asked, by way of its
+ *		dialect, to what it has answered.
+ *
+ * A dialect is two SQL functions over jsonb. NAME_request(operation, request)
+ * makes an HTTP request, {"url", "headers", "body"}, of what is to be asked;
+ * NAME_outcome(operation, request, status, reply) makes {"lease_id",
+ * "company_id", "credit_type_id", "granted", "expires_at", "released_at"} of
+ * a reply, or {"error"}. What a dialect returns is not trusted: it is checked
+ * here, for all of them.
+ *
+ * The functions run as the owner of the server, who can make them do no more
+ * than he could. They get a word that nobody can guess in place of the API
+ * key; it is replaced after they have returned, so that the key is in no
+ * parameter, plan or error of SQL. An upstream could send it back in what it
+ * answers: errors are cleared of it.
+ *
+ * Takes no locks.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_collation.h"
+#include "catalog/pg_foreign_server.h"
+#include "catalog/pg_proc.h"
+#include "catalog/pg_type.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/json.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+#include "utils/uuid.h"
+
+#include "amount.h"
+#include "argument.h"
+#include "compat.h"
+#include "exchange.h"
+#include "guard.h"
+#include "statement.h"
+#include "upstream_state.h"
+
+/* Replies are waited for so long at most, whatever an upstream asks for. */
+#define LONGEST_RETRY_AFTER_MS	(3600 * 1000)
+
+/* How long nothing is sent to an upstream that does not accept the key. */
+#define PAUSE_MS	60000
+
+/* How long it is left alone after that many failures in a row, and at most. */
+#define FAILURES_IN_A_ROW	3
+#define FIRST_BACK_OFF_MS	200
+#define LONGEST_BACK_OFF_MS	10000
+
+static Statement complete_statement = {
+	.sql = "SELECT $1 || pg_catalog.jsonb_strip_nulls("
+	"pg_catalog.jsonb_build_object('url', $2, 'events_url', $3, 'api_key', $4))",
+	.nargs = 4,
+	.argtypes = {JSONBOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+pg_noreturn static void
+bad_dialect(const char *why)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("what the dialect returned is of no use: its %s", why)));
+}
+
+/* Calls a function of the dialect as the server's owner, and returns its jsonb. */
+static Jsonb *
+call_dialect(const Upstream *upstream, Oid function, int nargs, Datum *args, bool *null)
+{
+	LOCAL_FCINFO(fcinfo, 4);
+	FmgrInfo	flinfo;
+	Datum		result;
+	Oid			user;
+	int			security;
+
+	if (object_aclcheck(ProcedureRelationId, function, upstream->owner, ACL_EXECUTE) != ACLCHECK_OK)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("the owner of the server may not execute the functions of its dialect")));
+
+	GetUserIdAndSecContext(&user, &security);
+	SetUserIdAndSecContext(upstream->owner,
+						   security | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION);
+	fmgr_info(function, &flinfo);
+	InitFunctionCallInfoData(*fcinfo, &flinfo, nargs, InvalidOid, NULL, NULL);
+	for (int i = 0; i < nargs; i++)
+	{
+		fcinfo->args[i].value = args[i];
+		fcinfo->args[i].isnull = null[i];
+	}
+	result = FunctionCallInvoke(fcinfo);
+	SetUserIdAndSecContext(user, security);
+
+	if (fcinfo->isnull || !JB_ROOT_IS_OBJECT(DatumGetJsonbP(result)))
+		bad_dialect("value is no object");
+	return DatumGetJsonbP(result);
+}
+
+/* Returns a member of an object, NULL where it is not there or null. */
+static JsonbValue *
+member(Jsonb *object, const char *name)
+{
+	JsonbValue *value = getKeyJsonValueFromContainer(&object->root, name, strlen(name), NULL);
+
+	return value && value->type != jbvNull ? value : NULL;
+}
+
+static char *
+string_of(const JsonbValue *value)
+{
+	return pnstrdup(value->val.string.val, value->val.string.len);
+}
+
+/* Returns a text with a word replaced wherever it stands. */
+static char *
+replace(char *string, const char *word, const char *by)
+{
+	return TextDatumGetCString(DirectFunctionCall3Coll(replace_text, DEFAULT_COLLATION_OID,
+													   CStringGetTextDatum(string),
+													   CStringGetTextDatum(word),
+													   CStringGetTextDatum(by)));
+}
+
+static void
+add_headers(Exchange *exchange, Jsonb *made, const char *placeholder)
+{
+	JsonbValue *headers = member(made, "headers");
+	JsonbIterator *iterator;
+	JsonbIteratorToken token;
+	JsonbValue	name;
+	JsonbValue	value;
+
+	exchange->headers = list_make1(pstrdup("Content-Type: application/json"));
+	if (headers == NULL)
+		return;
+	if (headers->type != jbvBinary || !JsonContainerIsObject(headers->val.binary.data))
+		bad_dialect("headers are no object");
+	iterator = JsonbIteratorInit(headers->val.binary.data);
+	while ((token = JsonbIteratorNext(&iterator, &name, true)) != WJB_DONE)
+	{
+		char	   *header;
+
+		if (token != WJB_KEY)
+			continue;
+		JsonbIteratorNext(&iterator, &value, true);
+		if (value.type == jbvNull)
+			continue;
+		if (value.type != jbvString)
+			bad_dialect("headers are not all strings");
+		header = psprintf("%s: %s", string_of(&name), string_of(&value));
+		for (const char *c = header; *c != '\0'; c++)
+		{
+			if (*c < ' ' || *c > '~')
+				bad_dialect("headers have characters that a header must not have");
+		}
+		exchange->headers = lappend(exchange->headers,
+									replace(header, placeholder, exchange->upstream->key));
+	}
+}
+
+/*
+ * exchange_prepare
+ *		Makes the HTTP request for an operation, in a memory context of its
+ *		own. Raises what is wrong with the server, its key or its dialect.
+ */
+Exchange *
+exchange_prepare(const char *server, const char *operation, Jsonb *request)
+{
+	MemoryContext old;
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "credit_lease exchange",
+												  ALLOCSET_SMALL_SIZES);
+	Exchange   *exchange;
+
+	old = MemoryContextSwitchTo(context);
+	exchange = palloc0(sizeof(Exchange));
+	exchange->context = context;
+	exchange->server = pstrdup(server);
+	exchange->operation = pstrdup(operation);
+
+	PG_TRY();
+	{
+		char	   *placeholder = DatumGetCString(DirectFunctionCall1(uuid_out,
+																	  DirectFunctionCall1(gen_random_uuid, (Datum) 0)));
+		Upstream   *upstream = exchange->upstream = upstream_load(server);
+		Parameters	parameters = {0};
+		Datum		args[2];
+		bool		null[2] = {false};
+		bool		isnull;
+		Jsonb	   *made;
+		JsonbValue *url;
+		JsonbValue *body;
+		StringInfoData key;
+
+		parameter_add_pointer(&parameters, request);
+		parameter_add(&parameters, CStringGetTextDatum(upstream->url));
+		parameter_add_pointer(&parameters, upstream->events_url ? cstring_to_text(upstream->events_url) : NULL);
+		parameter_add(&parameters, CStringGetTextDatum(placeholder));
+		statement_execute(&complete_statement, &parameters);
+		MemoryContextSwitchTo(context); /* SPI leaves its own */
+		exchange->request = DatumGetJsonbPCopy(statement_value(0, 1, &isnull));
+
+		args[0] = CStringGetTextDatum(operation);
+		args[1] = JsonbPGetDatum(exchange->request);
+		made = call_dialect(upstream, upstream->request_function, 2, args, null);
+
+		url = member(made, "url");
+		if (url == NULL || url->type != jbvString)
+			bad_dialect("url is no string");
+		exchange->url = string_of(url);
+		upstream_require_url(exchange->url);
+		add_headers(exchange, made, placeholder);
+		body = member(made, "body");
+		if (body == NULL || body->type != jbvBinary)
+			bad_dialect("body is neither an object nor an array");
+		initStringInfo(&key);
+		escape_json(&key, upstream->key);
+		exchange->body = replace(JsonbToCString(NULL, body->val.binary.data, 0),
+								 psprintf("\"%s\"", placeholder), key.data);
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(old);
+		MemoryContextDelete(context);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+
+	MemoryContextSwitchTo(old);
+	return exchange;
+}
+
+/* Sends a request that has been prepared. */
+void
+exchange_send(Exchange *exchange, int connect_timeout, int request_timeout)
+{
+	http_send(exchange->url, exchange->headers, exchange->body,
+			  connect_timeout, request_timeout, exchange);
+	upstream_state_sent(exchange->server);
+}
+
+void
+exchange_end(Exchange *exchange)
+{
+	if (exchange->upstream)
+		explicit_bzero(exchange->upstream->key, strlen(exchange->upstream->key));
+	MemoryContextDelete(exchange->context);
+}
+
+/* A required member of an outcome */
+static JsonbValue *
+required(Jsonb *outcome, const char *name, enum jbvType type, const char *what)
+{
+	JsonbValue *value = member(outcome, name);
+
+	if (value == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("the reply lacks %s", name)));
+	if (value->type != type)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("%s in the reply is no %s", name, what)));
+	return value;
+}
+
+/* Raises unless a member of the outcome is what was asked about. */
+static void
+require_same(Jsonb *outcome, Jsonb *request, const char *name)
+{
+	JsonbValue *value = required(outcome, name, jbvString, "string");
+	JsonbValue *asked = member(request, name);
+
+	if (asked == NULL || strcmp(string_of(value), string_of(asked)) != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("%s in the reply is another one than was asked about", name)));
+}
+
+static TimestampTz
+instant_of(const JsonbValue *value, const char *name)
+{
+	char	   *string = string_of(value);
+
+	/* neither infinity nor tomorrow */
+	if (strspn(string, "0123456789-+T:.Z") != strlen(string))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("%s in the reply is no time", name)));
+	return DatumGetTimestampTz(DirectFunctionCall3(timestamptz_in, CStringGetDatum(string),
+												   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+}
+
+/*
+ * An upstream hands the lease that fills a slot back to whoever asks. Two
+ * clusters, or two accounts, that have one slot between them would both spend
+ * it: a lease is ours only if it ends at the instant that we asked for, which
+ * nobody else has. Upstreams may keep no more than milliseconds, or seconds.
+ */
+static void
+require_ours(TimestampTz expires_at, Jsonb *request)
+{
+	TimestampTz asked = instant_of(required(request, "expires_at", jbvString, "string"), "expires_at");
+	TimestampTz whole = asked - asked % USECS_PER_SEC;
+
+	if (expires_at / 1000 != asked / 1000 && expires_at != whole)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("the lease in the reply is not the one that was asked for: it expires at another time"),
+				 errhint("Somebody else may lease for the same company, or the upstream does not grant a lease of that duration.")));
+}
+
+/* Reads and checks the terms of a lease. */
+static void
+read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
+{
+	JsonbValue *granted = required(outcome, "granted", jbvNumeric, "number");
+	JsonbValue *expires_at = required(outcome, "expires_at", jbvString, "string");
+
+	terms->lease_id = string_of(required(outcome, "lease_id", jbvString, "string"));
+	if (terms->lease_id[0] == '\0' || strlen(terms->lease_id) > ARGUMENT_MAX_TEXT)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("lease_id in the reply is empty or too long")));
+	if (exchange->lease_id)
+		require_same(outcome, exchange->request, "lease_id");
+	require_same(outcome, exchange->request, "company_id");
+	require_same(outcome, exchange->request, "credit_type_id");
+
+	terms->granted = granted->val.numeric;
+	if (amount_sign(terms->granted) <= 0 || numeric_is_nan(terms->granted) ||
+		numeric_is_inf(terms->granted) || amount_has_too_many_digits(terms->granted))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("granted in the reply is no amount")));
+	terms->granted = DatumGetNumericCopy(NumericGetDatum(terms->granted));
+
+	terms->expires_at = instant_of(expires_at, "expires_at");
+	if (exchange->lease_id == NULL)
+		require_ours(terms->expires_at, exchange->request);
+	if (terms->expires_at <= GetCurrentTimestamp())
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("the lease in the reply has expired")));
+	if (member(outcome, "released_at"))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("the lease in the reply is released")));
+}
+
+/* Has the dialect read the reply, and takes over what it says. */
+static void
+read_reply(void *arg)
+{
+	Exchange   *exchange = arg;
+	MemoryContext old = MemoryContextSwitchTo(exchange->context);
+	Datum		args[4];
+	bool		null[4] = {false};
+	Jsonb	   *outcome;
+	JsonbValue *error;
+	bool		answered = exchange->reply.status >= 200 && exchange->reply.status <= 299;
+
+	args[0] = CStringGetTextDatum(exchange->operation);
+	args[1] = JsonbPGetDatum(exchange->request);
+	args[2] = Int32GetDatum(exchange->reply.status);
+	args[3] = DirectFunctionCall1(jsonb_in, CStringGetDatum(exchange->reply.body));
+	outcome = call_dialect(exchange->upstream, exchange->upstream->outcome_function, 4, args, null);
+
+	error = member(outcome, "error");
+	if (error && error->type == jbvString)
+		exchange->error = psprintf("status %d: %s", exchange->reply.status, string_of(error));
+	else if (error)
+		bad_dialect("error is no string");
+	if (answered && !error &&
+		(strcmp(exchange->operation, "acquire") == 0 || strcmp(exchange->operation, "extend") == 0))
+		read_terms(exchange, outcome, &exchange->terms);
+	MemoryContextSwitchTo(old);
+}
+
+/* Decides what a reply means, and how long to leave the upstream alone. */
+static void
+judge(Exchange *exchange)
+{
+	const HttpReply *reply = &exchange->reply;
+	bool		answered = reply->status >= 200 && reply->status <= 299;
+	bool		no_access = reply->status == 401 || reply->status == 403;
+	bool		refused = reply->status >= 400 && reply->status <= 499 && !no_access &&
+		reply->status != 408 && reply->status != 425 && reply->status != 429;
+	TimestampTz now = GetCurrentTimestamp();
+	char	   *error;
+	int			failures;
+
+	if (reply->status == 0)
+		exchange->error = reply->error;
+	else if (!guard(read_reply, exchange, &error) && answered)
+		exchange->error = error;
+	else if (!answered && exchange->error == NULL)
+		exchange->error = psprintf("status %d", reply->status);
+
+	if (exchange->error == NULL)
+	{
+		exchange->result = EXCHANGE_DONE;
+		upstream_state_succeeded(exchange->server, reply->latency_us);
+		return;
+	}
+
+	exchange->result = refused ? EXCHANGE_REFUSED : EXCHANGE_FAILED;
+	exchange->error = replace(exchange->error, exchange->upstream->key, "(the API key)");
+	exchange->error[pg_mbcliplen(exchange->error, strlen(exchange->error), 255)] = '\0';
+	if (refused)
+	{
+		upstream_state_refused(exchange->server, exchange->error, reply->latency_us);
+		return;
+	}
+
+	failures = upstream_state_failed(exchange->server, exchange->error, true);
+	if (reply->retry_after_ms >= 0)
+		exchange->try_after = TimestampTzPlusMilliseconds(now, Min(reply->retry_after_ms, LONGEST_RETRY_AFTER_MS));
+	else if (no_access)
+		exchange->try_after = TimestampTzPlusMilliseconds(now, PAUSE_MS);
+	else if (failures >= FAILURES_IN_A_ROW)
+		exchange->try_after = TimestampTzPlusMilliseconds(now, back_off_ms(FIRST_BACK_OFF_MS,
+																		   failures - FAILURES_IN_A_ROW,
+																		   LONGEST_BACK_OFF_MS));
+	if (exchange->try_after != 0)
+		upstream_state_back_off(exchange->server, exchange->try_after);
+	if (no_access)
+		ereport(WARNING,
+				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
+				 errmsg("upstream \"%s\" does not accept the API key: %s", exchange->server, exchange->error),
+				 errhint("It is left alone for a while, or until its options change or the settings are reloaded.")));
+	else
+		ereport(LOG,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("upstream \"%s\" failed to %s: %s", exchange->server, exchange->operation, exchange->error)));
+}
+
+/*
+ * exchange_next
+ *		Returns an exchange that has been answered or has failed, NULL if there
+ *		is none, with its result. To be called within a transaction.
+ */
+Exchange *
+exchange_next(void)
+{
+	HttpReply	reply;
+	Exchange   *exchange;
+	MemoryContext old;
+
+	if (!http_next(&reply))
+		return NULL;
+	exchange = reply.owner;
+	old = MemoryContextSwitchTo(exchange->context);
+	exchange->reply = reply;
+	exchange->reply.body = reply.body ? pstrdup(reply.body) : NULL;
+	exchange->reply.error = reply.error ? pstrdup(reply.error) : NULL;
+	judge(exchange);
+	MemoryContextSwitchTo(old);
+	return exchange;
+}
+
+/* Returns what was asked about, one of the strings of the request. */
+char *
+exchange_asked(const Exchange *exchange, const char *name)
+{
+	return string_of(member(exchange->request, name));
+}
+
+/* Notes that a server cannot be asked at all, and leaves it alone for a while. */
+void
+exchange_impossible(const char *server, const char *error)
+{
+	upstream_state_failed(server, error, false);
+	upstream_state_back_off(server, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LONGEST_BACK_OFF_MS));
+	ereport(WARNING,
+			(errcode(ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION),
+			 errmsg("upstream \"%s\" cannot be asked: %s", server, error)));
+}
+
+/*
+ * back_off_ms
+ *		Returns how long to wait after a number of failures: twice as long
+ *		after each, up to the longest, and less by up to a half at random, so
+ *		that what failed together is not tried again together.
+ */
+int
+back_off_ms(int first, int failures, int longest)
+{
+	int			full = (int) Min((int64) first << Min(failures, 20), longest);
+
+	return full / 2 + (int) (random() % (full / 2 + 1));
+}

@@ -1,0 +1,64 @@
+#ifndef CREDIT_LEASE_EXCHANGE_H
+#define CREDIT_LEASE_EXCHANGE_H
+
+#include "datatype/timestamp.h"
+#include "utils/array.h"
+#include "utils/jsonb.h"
+#include "utils/numeric.h"
+
+#include "http.h"
+#include "upstream.h"
+
+typedef enum ExchangeResult
+{
+	EXCHANGE_OPEN,				/* not sent, or not answered */
+	EXCHANGE_DONE,
+	EXCHANGE_REFUSED,			/* the upstream says no */
+	EXCHANGE_FAILED				/* not answered, or with something of no use */
+} ExchangeResult;
+
+/* What an upstream says of a lease. */
+typedef struct LeaseTerms
+{
+	char	   *lease_id;
+	Numeric		granted;		/* the lease's total */
+	TimestampTz expires_at;
+} LeaseTerms;
+
+/* One request and its reply. */
+typedef struct Exchange
+{
+	MemoryContext context;		/* has all of it */
+	char	   *server;
+	char	   *operation;		/* acquire, extend, release or report */
+	Jsonb	   *request;		/* what the dialect made a request of */
+	Upstream   *upstream;
+	char	   *url;
+	List	   *headers;
+	char	   *body;
+
+	/* whose it is: the pool and the lease, or the lane and the reports */
+	char	   *account;
+	char	   *credit;
+	char	   *lease_id;		/* NULL for none */
+	int			lane;
+	ArrayType  *accounts;
+	ArrayType  *entry_ids;
+	int			nreports;
+
+	ExchangeResult result;
+	HttpReply	reply;
+	char	   *error;			/* where it was refused or has failed */
+	TimestampTz try_after;		/* what the upstream asks for; 0 for nothing */
+	LeaseTerms	terms;			/* where an acquire or extend is done */
+} Exchange;
+
+extern Exchange *exchange_prepare(const char *server, const char *operation, Jsonb *request);
+extern void exchange_send(Exchange *exchange, int connect_timeout, int request_timeout);
+extern Exchange *exchange_next(void);
+extern void exchange_end(Exchange *exchange);
+extern char *exchange_asked(const Exchange *exchange, const char *name);
+extern void exchange_impossible(const char *server, const char *error);
+extern int	back_off_ms(int first, int failures, int longest);
+
+#endif							/* CREDIT_LEASE_EXCHANGE_H */

@@ -1,0 +1,645 @@
+/*
+ * leasing.c
+ *		The worker's side of leases: what to ask of upstreams, and what to make
+ *		of the answers.
+ *
+ * What is to be asked is a row of upstream_request, committed before it is
+ * asked and removed together with the answer's effect (rule 12). After a
+ * crash, or a reply that was lost, the same is asked again, with the same key
+ * and for the same expiry. The worker is the only one who writes there, but
+ * for releases, which lease_release() leaves in its own transaction.
+ *
+ * Answers go into the books by the functions of lease.c, which do not care
+ * whether they come late or twice.
+ *
+ * Locks: an account, which is never waited for: an answer for one that is
+ * locked is kept for a moment.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/timestamp.h"
+
+#include "account.h"
+#include "amount.h"
+#include "clock.h"
+#include "demand.h"
+#include "guard.h"
+#include "leasing.h"
+#include "statement.h"
+#include "upstream_state.h"
+
+/* How much is looked at in one transaction */
+#define LOOK_ROWS	200
+
+/* A request that failed is tried again after that, at first and at most. */
+#define FIRST_RETRY_MS		100
+#define LONGEST_RETRY_MS	30000
+
+/* ... and one that was refused, if somebody still needs it. */
+#define FIRST_REFUSED_MS	1000
+
+/* Who waits is told that the upstream backs off rather than kept waiting. */
+#define SHORT_WAIT_MS	1000
+
+/*
+ * An expiry is asked for to the millisecond, and differs by some from all
+ * others: by it a lease is known to be ours, see exchange.c.
+ */
+#define ASKED_EXPIRY \
+	"pg_catalog.date_trunc('milliseconds', $1 + p.lease_duration" \
+	" - (pg_catalog.random() * 0.02) * p.lease_duration)"
+
+#define REQUEST_COLUMNS \
+	"credit_lease.upstream_request AS r (account, credit, kind, lease_id, server, company_id, credit_type_id," \
+	" amount, expires_at, created_at, next_try_at)"
+
+/* What was refused is asked anew, with another key; what is under way stays. */
+#define OR_ASK_AGAIN \
+	" ON CONFLICT (account, credit, kind, lease_id) DO UPDATE" \
+	" SET server = excluded.server, company_id = excluded.company_id, credit_type_id = excluded.credit_type_id," \
+	" amount = excluded.amount, expires_at = excluded.expires_at," \
+	" idempotency_key = excluded.idempotency_key, next_try_at = excluded.next_try_at, refused = false" \
+	" WHERE r.refused AND r.next_try_at <= excluded.next_try_at"
+
+/* Requests that nobody needs any more */
+static Statement clean_statement = {
+	.sql = "DELETE FROM credit_lease.upstream_request r"
+	" WHERE (r.kind IN ('acquire', 'release') AND r.expires_at <= $1)"
+	" OR (r.refused AND r.next_try_at <= $1 - '1 minute'::pg_catalog.interval)"
+	" OR (r.kind = 'extend' AND NOT EXISTS (SELECT FROM credit_lease.tranche t"
+	"  WHERE t.account = r.account AND t.credit = r.credit AND t.kind = 'upstream' AND t.lease_id = r.lease_id"
+	"  AND t.released_at IS NULL AND t.expires_at > $1))",
+	.nargs = 1,
+	.argtypes = {TIMESTAMPTZOID}
+};
+
+/*
+ * Leases that run low, and those in use that will end before long. In use is
+ * what has been spent or held within the life of one lease.
+ */
+static Statement extend_statement = {
+	.sql = "INSERT INTO " REQUEST_COLUMNS
+	" SELECT t.account, t.credit, 'extend', t.lease_id, t.server, p.company_id, p.credit_type_id,"
+	"  CASE WHEN t.remaining <= t.refill_below THEN p.lease_size ELSE greatest(p.lease_size - t.remaining, 0) END,"
+	"  " ASKED_EXPIRY ", $1, $1"
+	" FROM credit_lease.tranche t, credit_lease.lease_policy(t.account, t.credit) p"
+	" WHERE t.kind = 'upstream' AND t.released_at IS NULL AND t.expires_at > $1 AND p.server = t.server"
+	"  AND (t.remaining <= t.refill_below OR (t.refresh_at <= $1 AND EXISTS ("
+	"   SELECT FROM (SELECT l.credit, l.kind, l.created_at FROM credit_lease.ledger l"
+	"    WHERE l.account = t.account ORDER BY l.entry_id DESC LIMIT 20) l"
+	"   WHERE l.credit = t.credit AND l.kind IN ('consume', 'reserve', 'settle') AND l.created_at > $1 - p.lease_duration)))"
+	"  AND NOT EXISTS (SELECT FROM credit_lease.upstream_request q WHERE q.account = t.account AND q.credit = t.credit"
+	"   AND q.kind = 'extend' AND q.lease_id = t.lease_id AND (NOT q.refused OR q.next_try_at > $1))"
+	" LIMIT $2" OR_ASK_AGAIN,
+	.nargs = 2,
+	.argtypes = {TIMESTAMPTZOID, INT4OID}
+};
+
+/* Leases that the worker has acquired for a policy that is not there any more */
+static Statement unwanted_statement = {
+	.sql = "SELECT t.account, t.credit, t.lease_id"
+	" FROM credit_lease.tranche t, credit_lease.lease_policy(t.account, t.credit) p"
+	" WHERE t.kind = 'upstream' AND t.released_at IS NULL AND t.expires_at > $1 AND t.refill_below IS NOT NULL"
+	" AND p.server IS DISTINCT FROM t.server",
+	.nargs = 1,
+	.argtypes = {TIMESTAMPTZOID}
+};
+
+static Statement release_statement = {
+	.sql = "SELECT credit_lease.lease_release($1, $2, $3)",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* Who has to be asked for a pool, what it has, and what is being asked already */
+static Statement pool_statement = {
+	.sql = "SELECT p.server, s.available, t.lease_id, r.next_try_at, r.refused, r.error"
+	" FROM credit_lease.lease_policy($1, $2) p"
+	" CROSS JOIN (SELECT coalesce(pg_catalog.sum(o.remaining), 0) AS available FROM credit_lease.tranche o"
+	"  WHERE o.account = $1 AND o.credit = $2 AND o.open AND o.released_at IS NULL"
+	"  AND (o.expires_at IS NULL OR o.expires_at > $3)) s"
+	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.kind = 'upstream'"
+	"  AND t.server = p.server AND t.released_at IS NULL AND t.expires_at > $3"
+	" LEFT JOIN credit_lease.upstream_request r ON r.account = $1 AND r.credit = $2 AND r.server = p.server"
+	"  AND ((t.lease_id IS NULL AND r.kind = 'acquire') OR (r.kind = 'extend' AND r.lease_id = t.lease_id))",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+static Statement ask_statement = {
+	.sql = "INSERT INTO " REQUEST_COLUMNS
+	" SELECT $2, $3, CASE WHEN $4::pg_catalog.text IS NULL THEN 'acquire' ELSE 'extend' END, $4, p.server,"
+	"  p.company_id, p.credit_type_id, greatest(p.lease_size, $5), " ASKED_EXPIRY ", $1, $1"
+	" FROM credit_lease.lease_policy($2, $3) p" OR_ASK_AGAIN,
+	.nargs = 5,
+	.argtypes = {TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID, NUMERICOID}
+};
+
+/*
+ * What is to be sent now. A lease is given back upstream when all of its usage
+ * has been reported and nothing of it is held.
+ */
+static Statement due_statement = {
+	.sql = "SELECT r.account, r.credit, r.kind, r.lease_id, r.server,"
+	" pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object('account', r.account, 'credit', r.credit,"
+	"  'idempotency_key', r.idempotency_key, 'lease_id', r.lease_id,"
+	"  'company_id', r.company_id, 'credit_type_id', r.credit_type_id, 'amount', pg_catalog.trim_scale(r.amount),"
+	"  'expires_at', pg_catalog.to_char(r.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')))"
+	" FROM credit_lease.upstream_request r"
+	" WHERE r.next_try_at <= $1 AND NOT r.refused"
+	" AND r.server <> ALL ($6)"
+	" AND NOT EXISTS (SELECT FROM unnest($3, $4, $5) AS f (account, credit, kind)"
+	"  WHERE f.account = r.account AND f.credit = r.credit AND f.kind = r.kind)"
+	" AND (r.kind <> 'release' OR NOT EXISTS (SELECT FROM credit_lease.tranche t"
+	"  JOIN credit_lease.lease_usage u ON u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id"
+	"  WHERE t.account = r.account AND t.credit = r.credit AND t.kind = 'upstream' AND t.lease_id = r.lease_id"
+	"  AND (t.reserved > 0 OR t.consumed <> u.consumed OR EXISTS (SELECT FROM credit_lease.usage_report q"
+	"   WHERE q.account = t.account AND q.credit = t.credit AND q.tranche_id = t.tranche_id AND q.refused_at IS NULL))))"
+	" ORDER BY r.next_try_at LIMIT $2",
+	.nargs = 6,
+	.argtypes = {TIMESTAMPTZOID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID}
+};
+
+static Statement next_due_statement = {
+	.sql = "SELECT pg_catalog.min(r.next_try_at) FROM credit_lease.upstream_request r"
+	" WHERE r.next_try_at > $1 AND NOT r.refused",
+	.nargs = 1,
+	.argtypes = {TIMESTAMPTZOID}
+};
+
+static Statement postpone_statement = {
+	.sql = "UPDATE credit_lease.upstream_request r"
+	" SET attempts = r.attempts + 1, next_try_at = $5 + pg_catalog.make_interval(secs =>"
+	"  least($6 * 2 ^ least(r.attempts, 20), $7) * (0.5 + pg_catalog.random() / 2) / 1000.0), refused = $8, error = $9"
+	" WHERE r.account = $1 AND r.credit = $2 AND r.kind = $3 AND r.lease_id IS NOT DISTINCT FROM $4",
+	.nargs = 9,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, INT4OID, INT4OID, BOOLOID, TEXTOID}
+};
+
+static Statement remove_statement = {
+	.sql = "DELETE FROM credit_lease.upstream_request r"
+	" WHERE r.account = $1 AND r.credit = $2 AND r.kind = $3 AND r.lease_id IS NOT DISTINCT FROM $4",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+static Statement account_statement = {
+	.sql = "SELECT FROM credit_lease.account a WHERE a.account = $1",
+	.nargs = 1,
+	.argtypes = {TEXTOID}
+};
+
+/*
+ * A lease stops serving a safety margin before its end. An extension also says
+ * whether the total is higher than it was, as the statement's snapshot has it.
+ */
+static Statement install_statement = {
+	.sql = "SELECT credit_lease.lease_install($1, $2, $3, $4, $5 - p.safety_margin, $6)"
+	" FROM credit_lease.lease_policy($1, $2) p",
+	.nargs = 6,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, TIMESTAMPTZOID, NAMEOID}
+};
+
+static Statement extend_lease_statement = {
+	.sql = "SELECT credit_lease.lease_extend($1, $2, $3, $4, $5 - p.safety_margin),"
+	" $4 > (SELECT t.granted FROM credit_lease.tranche t"
+	"  WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3)"
+	" FROM credit_lease.lease_policy($1, $2) p",
+	.nargs = 5,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, TIMESTAMPTZOID}
+};
+
+/* From now on the worker looks after the lease. */
+static Statement look_after_statement = {
+	.sql = "UPDATE credit_lease.tranche t SET refill_below = t.remaining * p.low_water_mark,"
+	" refresh_at = t.expires_at - (t.expires_at - $4) / 4"
+	" FROM credit_lease.lease_policy($1, $2) p"
+	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+static Statement company_statement = {
+	.sql = "UPDATE credit_lease.lease_usage u SET company_id = $4 FROM credit_lease.tranche t"
+	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3"
+	" AND u.account = $1 AND u.credit = $2 AND u.tranche_id = t.tranche_id",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+/* An acquire that lost the race: another lease fills the slot. */
+static Statement give_up_statement = {
+	.sql = "INSERT INTO credit_lease.upstream_request AS r (account, credit, kind, lease_id, server, company_id,"
+	" credit_type_id, expires_at, created_at, next_try_at)"
+	" SELECT q.account, q.credit, 'release', $3, q.server, q.company_id, q.credit_type_id, $5, $4, $4"
+	" FROM credit_lease.upstream_request q"
+	" WHERE q.account = $1 AND q.credit = $2 AND q.kind = 'acquire'"
+	" AND NOT EXISTS (SELECT FROM credit_lease.tranche t WHERE t.account = $1 AND t.credit = $2"
+	"  AND t.kind = 'upstream' AND t.lease_id = $3)"
+	" AND EXISTS (SELECT FROM credit_lease.tranche t WHERE t.account = $1 AND t.credit = $2"
+	"  AND t.kind = 'upstream' AND t.server = q.server AND t.released_at IS NULL AND t.expires_at > $4)"
+	" ON CONFLICT (account, credit, kind, lease_id) DO NOTHING",
+	.nargs = 5,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+};
+
+static void
+add_text(Parameters *parameters, const char *string)
+{
+	parameter_add_pointer(parameters, string ? cstring_to_text(string) : NULL);
+}
+
+static void
+release_unwanted(TimestampTz now)
+{
+	Parameters	parameters = {0};
+	uint64		n;
+	Datum	   *lease;
+
+	parameter_add(&parameters, TimestampTzGetDatum(now));
+	n = statement_execute(&unwanted_statement, &parameters);
+	lease = palloc(sizeof(Datum) * 3 * n);
+	for (uint64 i = 0; i < 3 * n; i++)
+	{
+		bool		isnull;
+
+		lease[i] = statement_value(i / 3, i % 3 + 1, &isnull);
+	}
+	for (uint64 i = 0; i < n; i++)
+	{
+		Parameters	one = {0};
+		bool		frozen;
+
+		if (!account_lock(DatumGetTextPP(lease[3 * i]), ACCOUNT_LOCK_IF_FREE, &frozen))
+			continue;
+		for (int k = 0; k < 3; k++)
+			parameter_add(&one, lease[3 * i + k]);
+		statement_execute(&release_statement, &one);
+	}
+}
+
+/*
+ * leasing_look
+ *		Looks through the leases for those that need something, and through the
+ *		requests for those that are not needed any more.
+ */
+void
+leasing_look(bool policies_changed)
+{
+	TimestampTz now = clock_now();
+	Parameters	parameters = {0};
+
+	parameter_add(&parameters, TimestampTzGetDatum(now));
+	statement_execute(&clean_statement, &parameters);
+	parameter_add(&parameters, Int32GetDatum(LOOK_ROWS));
+	statement_execute(&extend_statement, &parameters);
+	if (policies_changed)
+		release_unwanted(now);
+}
+
+static bool
+is_under_way(List *exchanges, const char *account, const char *credit)
+{
+	ListCell   *cell;
+
+	foreach(cell, exchanges)
+	{
+		Exchange   *exchange = lfirst(cell);
+
+		if (exchange->account && strcmp(exchange->account, account) == 0 &&
+			strcmp(exchange->credit, credit) == 0 && strcmp(exchange->operation, "release") != 0)
+			return true;
+	}
+	return false;
+}
+
+/* Asks for what a pool lacks, or answers those who wait for it. */
+static void
+meet(const char *account, const char *credit, Numeric needed)
+{
+	TimestampTz now = clock_now();
+	TimestampTz soon = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), SHORT_WAIT_MS);
+	Parameters	parameters = {0};
+	Parameters	ask = {0};
+	bool		no_server;
+	bool		no_lease;
+	bool		no_request;
+	bool		no_error;
+	bool		isnull;
+	char	   *server;
+	Numeric		available;
+	Datum		lease_id;
+	TimestampTz next_try_at;
+	bool		refused;
+	Datum		error;
+	char	   *server_error;
+
+	add_text(&parameters, account);
+	add_text(&parameters, credit);
+	parameter_add(&parameters, TimestampTzGetDatum(now));
+	if (statement_execute(&pool_statement, &parameters) == 0)
+		elog(ERROR, "a pool has no policy");
+
+	server = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
+	no_server = server == NULL;
+	available = DatumGetNumeric(statement_value(0, 2, &isnull));
+	lease_id = statement_value(0, 3, &no_lease);
+	next_try_at = DatumGetTimestampTz(statement_value(0, 4, &no_request));
+	refused = DatumGetBool(statement_value(0, 5, &isnull));
+	error = statement_value(0, 6, &no_error);
+
+	if (amount_sign(needed) > 0 ? amount_compare(available, needed) >= 0 : !no_lease)
+		demand_answer(account, credit, DEMAND_SUPPLIED, NULL);
+	else if (no_server)
+		demand_answer(account, credit, DEMAND_NO_UPSTREAM, NULL);
+	else if (!no_request && refused && next_try_at > now)
+		demand_answer(account, credit, DEMAND_REFUSED, no_error ? NULL : TextDatumGetCString(error));
+	else if (!no_request && !refused && next_try_at > soon)
+		demand_answer(account, credit, DEMAND_UNREACHABLE, no_error ? NULL : TextDatumGetCString(error));
+	else if (upstream_state_backs_off_until(server, &server_error) > soon)
+		demand_answer(account, credit, DEMAND_UNREACHABLE, server_error);
+	else if (no_request || refused)
+	{
+		parameter_add(&ask, TimestampTzGetDatum(now));
+		add_text(&ask, account);
+		add_text(&ask, credit);
+		if (no_lease)
+			parameter_add_null(&ask);
+		else
+			parameter_add(&ask, lease_id);
+		parameter_add_pointer(&ask, amount_sign(needed) > 0 ? amount_subtract(needed, available) : needed);
+		statement_execute(&ask_statement, &ask);
+	}
+}
+
+/*
+ * leasing_meet_demand
+ *		Asks for what sessions wait for, all that wait for a pool together,
+ *		and answers them where that is there, or will not come.
+ */
+void
+leasing_meet_demand(List *exchanges)
+{
+	List	   *demands = demand_collect();
+	ListCell   *cell;
+
+	foreach(cell, demands)
+	{
+		Demand	   *demand = lfirst(cell);
+		Numeric		needed = demand->amount;
+		ListCell   *other;
+
+		if (demand->account == NULL)
+			continue;			/* with an earlier one of its pool */
+		for_each_cell(other, demands, lnext(demands, cell))
+		{
+			Demand	   *same = lfirst(other);
+
+			if (same->account && strcmp(same->account, demand->account) == 0 &&
+				strcmp(same->credit, demand->credit) == 0)
+			{
+				needed = amount_add(needed, same->amount);
+				same->account = NULL;
+			}
+		}
+		if (!is_under_way(exchanges, demand->account, demand->credit))
+			meet(demand->account, demand->credit, needed);
+	}
+}
+
+/* The pools and kinds that are under way, as three arrays of text. */
+static void
+add_under_way(Parameters *parameters, List *exchanges)
+{
+	int			n = 0;
+	Datum	   *text[3];
+	ListCell   *cell;
+
+	for (int i = 0; i < 3; i++)
+		text[i] = palloc(sizeof(Datum) * (list_length(exchanges) + 1));
+	foreach(cell, exchanges)
+	{
+		Exchange   *exchange = lfirst(cell);
+
+		if (exchange->account == NULL)
+			continue;
+		text[0][n] = CStringGetTextDatum(exchange->account);
+		text[1][n] = CStringGetTextDatum(exchange->credit);
+		text[2][n] = CStringGetTextDatum(exchange->operation);
+		n++;
+	}
+	for (int i = 0; i < 3; i++)
+		parameter_add_pointer(parameters,
+							  construct_array(text[i], n, TEXTOID, -1, false, TYPALIGN_INT));
+}
+
+/* Notes that a request was not of use, and when it may be made again. */
+static void
+postpone(const char *account, const char *credit, const char *kind, const char *lease_id,
+		 TimestampTz after, bool refused, const char *error)
+{
+	Parameters	parameters = {0};
+
+	add_text(&parameters, account);
+	add_text(&parameters, credit);
+	add_text(&parameters, kind);
+	add_text(&parameters, lease_id);
+	parameter_add(&parameters, TimestampTzGetDatum(Max(after, GetCurrentTimestamp())));
+	parameter_add(&parameters, Int32GetDatum(refused ? FIRST_REFUSED_MS : FIRST_RETRY_MS));
+	parameter_add(&parameters, Int32GetDatum(LONGEST_RETRY_MS));
+	parameter_add(&parameters, BoolGetDatum(refused));
+	add_text(&parameters, error);
+	statement_execute(&postpone_statement, &parameters);
+}
+
+/* What guard() has to do */
+typedef struct Preparation
+{
+	const char *server;
+	const char *kind;
+	Jsonb	   *request;
+	Exchange   *exchange;
+} Preparation;
+
+static void
+prepare(void *arg)
+{
+	Preparation *preparation = arg;
+
+	preparation->exchange = exchange_prepare(preparation->server, preparation->kind, preparation->request);
+}
+
+/*
+ * leasing_prepare
+ *		Returns what is to be sent when the transaction has committed, at most
+ *		so many, beside what is under way; *next_due is when there is more to
+ *		do, if it is earlier. A server that cannot be asked is left alone.
+ */
+List *
+leasing_prepare(List *exchanges, int most, TimestampTz *next_due)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	Parameters	parameters = {0};
+	List	   *prepared = NIL;
+	SPITupleTable *rows;
+	uint64		n;
+	bool		isnull;
+	Datum		due;
+
+	parameter_add(&parameters, TimestampTzGetDatum(now));
+	parameter_add(&parameters, Int32GetDatum(most));
+	add_under_way(&parameters, exchanges);
+	parameter_add_pointer(&parameters, upstream_state_backing_off(now, next_due));
+	n = most > 0 ? statement_execute(&due_statement, &parameters) : 0;
+	rows = SPI_tuptable;
+
+	for (uint64 i = 0; i < n; i++)
+	{
+		char	   *column[5];
+		Preparation preparation = {0};
+		char	   *error;
+
+		for (int k = 0; k < 5; k++)
+			column[k] = SPI_getvalue(rows->vals[i], rows->tupdesc, k + 1);
+		preparation.server = column[4];
+		preparation.kind = column[2];
+		preparation.request = DatumGetJsonbP(SPI_getbinval(rows->vals[i], rows->tupdesc, 6, &isnull));
+
+		if (!guard(prepare, &preparation, &error))
+		{
+			exchange_impossible(preparation.server, error);
+			postpone(column[0], column[1], column[2], column[3], now, false, error);
+		}
+		else
+		{
+			Exchange   *exchange = preparation.exchange;
+			MemoryContext old = MemoryContextSwitchTo(exchange->context);
+
+			exchange->account = pstrdup(column[0]);
+			exchange->credit = pstrdup(column[1]);
+			exchange->lease_id = column[3] ? pstrdup(column[3]) : NULL;
+			MemoryContextSwitchTo(old);
+			prepared = lappend(prepared, exchange);
+		}
+	}
+
+	parameters = (Parameters) {0};
+	parameter_add(&parameters, TimestampTzGetDatum(now));
+	statement_execute(&next_due_statement, &parameters);
+	due = statement_value(0, 1, &isnull);
+	if (!isnull)
+		*next_due = Min(*next_due, DatumGetTimestampTz(due));
+	return prepared;
+}
+
+static void
+add_lease(Parameters *parameters, const Exchange *exchange, const char *lease_id)
+{
+	add_text(parameters, exchange->account);
+	add_text(parameters, exchange->credit);
+	add_text(parameters, lease_id);
+}
+
+static void
+remove_request(const Exchange *exchange)
+{
+	Parameters	parameters = {0};
+
+	add_text(&parameters, exchange->account);
+	add_text(&parameters, exchange->credit);
+	add_text(&parameters, exchange->operation);
+	add_text(&parameters, exchange->lease_id);
+	statement_execute(&remove_statement, &parameters);
+}
+
+/* Installs the lease that was acquired, or gives it up; or extends the one there is. */
+static void
+take_terms(void *arg)
+{
+	Exchange   *exchange = arg;
+	const LeaseTerms *terms = &exchange->terms;
+	bool		acquired = exchange->lease_id == NULL;
+	Parameters	parameters = {0};
+	Parameters	lease = {0};
+	bool		isnull;
+	bool		changed;
+	bool		raised;
+
+	add_lease(&parameters, exchange, terms->lease_id);
+	parameter_add_pointer(&parameters, terms->granted);
+	parameter_add(&parameters, TimestampTzGetDatum(terms->expires_at));
+	if (acquired)
+		parameter_add(&parameters, DirectFunctionCall1(namein, CStringGetDatum(exchange->server)));
+	statement_execute(acquired ? &install_statement : &extend_lease_statement, &parameters);
+	changed = DatumGetBool(statement_value(0, 1, &isnull));
+	raised = acquired || DatumGetBool(statement_value(0, 2, &isnull));
+
+	add_lease(&lease, exchange, terms->lease_id);
+	if (changed)
+	{
+		Parameters	look_after = lease;
+
+		parameter_add(&look_after, TimestampTzGetDatum(clock_now()));
+		statement_execute(&look_after_statement, &look_after);
+		if (acquired)
+		{
+			Parameters	company = lease;
+
+			add_text(&company, exchange_asked(exchange, "company_id"));
+			statement_execute(&company_statement, &company);
+		}
+	}
+	else if (acquired)
+	{
+		parameter_add(&lease, TimestampTzGetDatum(clock_now()));
+		parameter_add(&lease, TimestampTzGetDatum(terms->expires_at));
+		statement_execute(&give_up_statement, &lease);
+	}
+	/* asking for more again at once would be in vain */
+	if (!raised && strcmp(exchange_asked(exchange, "amount"), "0") != 0)
+		exchange->error = "the upstream granted no more";
+}
+
+/*
+ * leasing_take
+ *		Takes an answer into the books. Returns false where the account is
+ *		locked: it is to be tried again, in another transaction.
+ */
+bool
+leasing_take(Exchange *exchange)
+{
+	text	   *account = cstring_to_text(exchange->account);
+	Parameters	parameters = {0};
+	bool		releases = strcmp(exchange->operation, "release") == 0;
+	char	   *error = exchange->error;
+	bool		refused = exchange->result == EXCHANGE_REFUSED;
+	bool		frozen;
+
+	parameter_add_pointer(&parameters, account);
+	if (exchange->result == EXCHANGE_DONE && !releases)
+	{
+		/* an account that is not there is made by lease_install() */
+		if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &frozen) &&
+			statement_execute(&account_statement, &parameters) > 0)
+			return false;
+		if (guard(take_terms, exchange, &error))
+		{
+			error = exchange->error;
+			refused = error != NULL;
+		}
+		if (error)
+			ereport(LOG,
+					(errmsg("an answer of upstream \"%s\" was not taken: %s", exchange->server, error)));
+	}
+
+	/* a lease that the upstream does not know, or not any more, is given back */
+	if (error == NULL || (releases && exchange->result == EXCHANGE_REFUSED))
+		remove_request(exchange);
+	else
+		postpone(exchange->account, exchange->credit, exchange->operation, exchange->lease_id,
+				 exchange->try_after, refused, error);
+	return true;
+}

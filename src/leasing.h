@@ -1,0 +1,11 @@
+#ifndef CREDIT_LEASE_LEASING_H
+#define CREDIT_LEASE_LEASING_H
+
+#include "exchange.h"
+
+extern void leasing_look(bool policies_changed);
+extern void leasing_meet_demand(List *exchanges);
+extern List *leasing_prepare(List *exchanges, int most, TimestampTz *next_due);
+extern bool leasing_take(Exchange *exchange);
+
+#endif							/* CREDIT_LEASE_LEASING_H */

@@ -1,0 +1,6 @@
+#ifndef CREDIT_LEASE_POLICY_H
+#define CREDIT_LEASE_POLICY_H
+
+extern bool policy_has_server(void);
+
+#endif							/* CREDIT_LEASE_POLICY_H */

@@ -1,0 +1,334 @@
+/*
+ * report.c
+ *		Usage reports: what was spent of leases is told to their upstreams.
+ *
+ * The ledger is what is reported from: it has what was committed, and nothing
+ * that was rolled back (rule 9). lease_usage says how far it has been read for
+ * each lease; the entries of an account are numbered in the order in which
+ * they are committed, so that none comes in behind. What is read becomes a row
+ * of usage_report in the same transaction, which leaves when the upstream has
+ * taken it. Lease and entry are the key by which the upstream counts it once,
+ * however often it is sent.
+ *
+ * An entry is reported as it was spent, less what has been refunded before
+ * that; what is refunded later is taken off the lease's next reports.
+ *
+ * Takes no locks that a call could wait for.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "clock.h"
+#include "guard.h"
+#include "report.h"
+#include "statement.h"
+#include "upstream_state.h"
+
+/* How many leases are read in one transaction, and entries of each. */
+#define COLLECT_LEASES	50
+#define COLLECT_ENTRIES	1000
+
+/* The most events of one request (DESIGN 5) */
+#define BATCH	100
+
+/* How many requests with reports are under way to a server at a time; an account's always in the same lane. */
+#define LANES	4
+
+/* A lane that has failed waits so long, at first and at most. */
+#define FIRST_RETRY_MS		100
+#define LONGEST_RETRY_MS	10000
+
+/*
+ * Of what was spent up to each entry, so much has to have been reported: the
+ * highest that it has ever been above what is owed.
+ */
+static Statement collect_statement = {
+	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, t.server, t.lease_id,"
+	"  coalesce(u.company_id, (credit_lease.lease_policy(u.account, u.credit)).company_id) AS company_id,"
+	"  (credit_lease.lease_policy(u.account, u.credit)).event"
+	"  FROM credit_lease.lease_usage u JOIN credit_lease.tranche t"
+	"   ON t.account = u.account AND t.credit = u.credit AND t.tranche_id = u.tranche_id"
+	"  WHERE NOT u.complete AND t.consumed <> u.consumed LIMIT $1),"
+	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at, pg_catalog.sum(m.consumed) OVER so_far AS total"
+	"  FROM lease l, LATERAL (SELECT v.entry_id AS id, v.consumed, v.created_at FROM credit_lease.movement v"
+	"   WHERE v.account = l.account AND v.entry_id > l.entry_id AND v.tranche_id = l.tranche_id AND v.consumed <> 0"
+	"   ORDER BY v.entry_id LIMIT $2) m"
+	"  WINDOW so_far AS (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id)),"
+	" due AS (SELECT e.*, greatest(pg_catalog.max(e.total - e.owed) OVER so_far, 0) AS reported FROM entry e"
+	"  WINDOW so_far AS (PARTITION BY e.account, e.credit, e.tranche_id ORDER BY e.id)),"
+	" report AS (INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
+	"   company_id, event, quantity, created_at)"
+	"  SELECT d.account, d.id, d.credit, d.tranche_id, d.server, d.lease_id, d.company_id, d.event, d.quantity, d.created_at"
+	"  FROM (SELECT d.*, d.reported - pg_catalog.lag(d.reported, 1, 0.0)"
+	"    OVER (PARTITION BY d.account, d.credit, d.tranche_id ORDER BY d.id) AS quantity FROM due d) d"
+	"  WHERE d.quantity > 0)"
+	" UPDATE credit_lease.lease_usage u SET entry_id = s.id, consumed = u.consumed + s.total,"
+	"  owed = u.owed + s.reported - s.total"
+	" FROM (SELECT DISTINCT ON (d.account, d.credit, d.tranche_id) d.account, d.credit, d.tranche_id, d.id, d.total, d.reported"
+	"  FROM due d ORDER BY d.account, d.credit, d.tranche_id, d.id DESC) s"
+	" WHERE u.account = s.account AND u.credit = s.credit AND u.tranche_id = s.tranche_id",
+	.nargs = 2,
+	.argtypes = {INT4OID, INT4OID}
+};
+
+static Statement complete_statement = {
+	.sql = "UPDATE credit_lease.lease_usage u SET complete = true FROM credit_lease.tranche t"
+	" WHERE t.account = u.account AND t.credit = u.credit AND t.tranche_id = u.tranche_id"
+	" AND NOT u.complete AND NOT t.open AND t.consumed = u.consumed"
+	" AND (t.released_at IS NOT NULL OR t.expires_at <= $1)",
+	.nargs = 1,
+	.argtypes = {TIMESTAMPTZOID}
+};
+
+/*
+ * The next reports of each lane that is free: those that were refused in
+ * company one by one, after the others.
+ */
+static Statement due_statement = {
+	.sql = "SELECT s.server, n.lane, b.accounts, b.entry_ids, b.n,"
+	" pg_catalog.jsonb_build_object('idempotency_key', pg_catalog.gen_random_uuid(), 'events', b.events)"
+	" FROM (SELECT p.srvname::pg_catalog.text COLLATE \"C\" AS server FROM pg_catalog.pg_foreign_server p"
+	"  WHERE p.srvname <> ALL ($3::pg_catalog.name[])) s"
+	" CROSS JOIN pg_catalog.generate_series(0, $2 - 1) AS n (lane)"
+	" CROSS JOIN LATERAL (SELECT pg_catalog.array_agg(r.account) AS accounts, pg_catalog.array_agg(r.entry_id) AS entry_ids,"
+	"   pg_catalog.count(*)::pg_catalog.int4 AS n,"
+	"   pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('idempotency_key', r.lease_id || ':' || r.entry_id,"
+	"    'event', r.event, 'quantity', pg_catalog.trim_scale(r.quantity), 'account', r.account, 'credit', r.credit,"
+	"    'lease_id', r.lease_id, 'company_id', r.company_id,"
+	"    'created_at', pg_catalog.to_char(r.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))) AS events"
+	"  FROM (SELECT q.*, pg_catalog.row_number() OVER (ORDER BY q.attempts, q.entry_id) AS place"
+	"   FROM credit_lease.usage_report q"
+	"   WHERE q.server = s.server AND q.refused_at IS NULL"
+	"    AND (pg_catalog.hashtext(q.account) & 2147483647) % $2 = n.lane"
+	"   ORDER BY q.attempts, q.entry_id LIMIT $1) r WHERE r.attempts = 0 OR r.place = 1) b"
+	" WHERE b.n > 0 AND n.lane || ' ' || s.server <> ALL ($4) LIMIT $5",
+	.nargs = 5,
+	.argtypes = {INT4OID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT4OID}
+};
+
+static Statement taken_statement = {
+	.sql = "DELETE FROM credit_lease.usage_report r USING unnest($1, $2) AS t (account, entry_id)"
+	" WHERE r.account = t.account AND r.entry_id = t.entry_id",
+	.nargs = 2,
+	.argtypes = {TEXTARRAYOID, INT8ARRAYOID}
+};
+
+/* What is refused in company may be in bad company. */
+static Statement refused_statement = {
+	.sql = "UPDATE credit_lease.usage_report r SET attempts = r.attempts + 1, error = $3, refused_at = $4"
+	" FROM unnest($1, $2) AS t (account, entry_id)"
+	" WHERE r.account = t.account AND r.entry_id = t.entry_id",
+	.nargs = 4,
+	.argtypes = {TEXTARRAYOID, INT8ARRAYOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+/* A lane that has failed, while it waits */
+typedef struct Lane
+{
+	char		server[NAMEDATALEN];
+	int			number;
+	int			failures;
+	TimestampTz retry_at;
+} Lane;
+
+static List *failed_lanes = NIL;
+
+/*
+ * report_collect
+ *		Reads what was spent of some leases since the last time; returns
+ *		whether there was anything, so that there may be more.
+ */
+bool
+report_collect(void)
+{
+	Parameters	parameters = {0};
+	Parameters	clock = {0};
+
+	parameter_add(&parameters, Int32GetDatum(COLLECT_LEASES));
+	parameter_add(&parameters, Int32GetDatum(COLLECT_ENTRIES));
+	if (statement_execute(&collect_statement, &parameters) > 0)
+		return true;
+	parameter_add(&clock, TimestampTzGetDatum(clock_now()));
+	statement_execute(&complete_statement, &clock);
+	return false;
+}
+
+/* Returns the place of a lane among those that have failed, NULL if it is not there. */
+static Lane *
+find_failed(const char *server, int number)
+{
+	ListCell   *cell;
+
+	foreach(cell, failed_lanes)
+	{
+		Lane	   *lane = lfirst(cell);
+
+		if (lane->number == number && strcmp(lane->server, server) == 0)
+			return lane;
+	}
+	return NULL;
+}
+
+static Datum
+lane_name(const char *server, int number)
+{
+	return CStringGetTextDatum(psprintf("%d %s", number, server));
+}
+
+/* Adds the lanes that are busy, or wait after a failure. */
+static void
+add_busy_lanes(Parameters *parameters, List *exchanges, TimestampTz now, TimestampTz *next_due)
+{
+	Datum	   *name = palloc(sizeof(Datum) * (list_length(exchanges) + list_length(failed_lanes)));
+	int			n = 0;
+	ListCell   *cell;
+
+	foreach(cell, exchanges)
+	{
+		Exchange   *exchange = lfirst(cell);
+
+		if (exchange->nreports > 0)
+			name[n++] = lane_name(exchange->server, exchange->lane);
+	}
+	foreach(cell, failed_lanes)
+	{
+		Lane	   *lane = lfirst(cell);
+
+		if (lane->retry_at <= now)
+			continue;
+		name[n++] = lane_name(lane->server, lane->number);
+		*next_due = Min(*next_due, lane->retry_at);
+	}
+	parameter_add_pointer(parameters, construct_array(name, n, TEXTOID, -1, false, TYPALIGN_INT));
+}
+
+/* What guard() has to do */
+typedef struct Preparation
+{
+	const char *server;
+	Jsonb	   *request;
+	Exchange   *exchange;
+} Preparation;
+
+static void
+prepare(void *arg)
+{
+	Preparation *preparation = arg;
+
+	preparation->exchange = exchange_prepare(preparation->server, "report", preparation->request);
+}
+
+/*
+ * report_prepare
+ *		Returns the reports to be sent when the transaction has committed, as
+ *		at most so many exchanges beside those that are under way; *next_due
+ *		is when there is more to do, if it is earlier.
+ */
+List *
+report_prepare(List *exchanges, int most, TimestampTz *next_due)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	Parameters	parameters = {0};
+	List	   *prepared = NIL;
+	SPITupleTable *rows;
+	uint64		n;
+
+	parameter_add(&parameters, Int32GetDatum(BATCH));
+	parameter_add(&parameters, Int32GetDatum(LANES));
+	parameter_add_pointer(&parameters, upstream_state_backing_off(now, next_due));
+	add_busy_lanes(&parameters, exchanges, now, next_due);
+	parameter_add(&parameters, Int32GetDatum(most));
+	n = most > 0 ? statement_execute(&due_statement, &parameters) : 0;
+	rows = SPI_tuptable;
+
+	for (uint64 i = 0; i < n; i++)
+	{
+		HeapTuple	row = rows->vals[i];
+		Preparation preparation = {0};
+		char	   *error;
+		bool		isnull;
+
+		preparation.server = SPI_getvalue(row, rows->tupdesc, 1);
+		preparation.request = DatumGetJsonbP(SPI_getbinval(row, rows->tupdesc, 6, &isnull));
+		if (guard(prepare, &preparation, &error))
+		{
+			Exchange   *exchange = preparation.exchange;
+			MemoryContext old = MemoryContextSwitchTo(exchange->context);
+
+			exchange->lane = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 2, &isnull));
+			exchange->accounts = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 3, &isnull));
+			exchange->entry_ids = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 4, &isnull));
+			exchange->nreports = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 5, &isnull));
+			MemoryContextSwitchTo(old);
+			prepared = lappend(prepared, exchange);
+		}
+		else
+			exchange_impossible(preparation.server, error);
+	}
+	return prepared;
+}
+
+/* Lets a lane wait after a failure, longer after each. */
+static void
+note_failure(const Exchange *exchange)
+{
+	Lane	   *lane = find_failed(exchange->server, exchange->lane);
+	MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+	if (lane == NULL)
+	{
+		lane = palloc0(sizeof(Lane));
+		strlcpy(lane->server, exchange->server, NAMEDATALEN);
+		lane->number = exchange->lane;
+		failed_lanes = lappend(failed_lanes, lane);
+	}
+	lane->retry_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+												 back_off_ms(FIRST_RETRY_MS, lane->failures++, LONGEST_RETRY_MS));
+	MemoryContextSwitchTo(old);
+}
+
+/*
+ * report_take
+ *		Removes the reports that an upstream has taken, or notes that it has
+ *		refused them; what has failed is sent again.
+ */
+void
+report_take(Exchange *exchange)
+{
+	Lane	   *lane = find_failed(exchange->server, exchange->lane);
+	Parameters	parameters = {0};
+
+	if (exchange->result == EXCHANGE_FAILED)
+	{
+		note_failure(exchange);
+		return;
+	}
+	if (lane)
+	{
+		failed_lanes = list_delete_ptr(failed_lanes, lane);
+		pfree(lane);
+	}
+
+	parameter_add_pointer(&parameters, exchange->accounts);
+	parameter_add_pointer(&parameters, exchange->entry_ids);
+	if (exchange->result == EXCHANGE_REFUSED)
+	{
+		parameter_add_pointer(&parameters, cstring_to_text(exchange->error));
+		if (exchange->nreports == 1)
+		{
+			parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+			ereport(WARNING,
+					(errcode(ERRCODE_FDW_REPLY_HANDLE),
+					 errmsg("upstream \"%s\" has refused a usage report for good: %s",
+							exchange->server, exchange->error),
+					 errhint("See credit_lease.usage_report.")));
+		}
+		else
+			parameter_add_null(&parameters);
+	}
+	statement_execute(exchange->result == EXCHANGE_REFUSED ? &refused_statement : &taken_statement, &parameters);
+}

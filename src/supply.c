@@ -1,0 +1,245 @@
+/*
+ * supply.c
+ *		The wait of a call that is short of credit for its upstream, and
+ *		lease_prewarm().
+ *
+ * Nothing is locked while a call waits (rule 12): where pools have upstreams,
+ * a call looks whether there is enough in the statement that locks the
+ * account, which locks it only if there is. The look may be out of date by the
+ * time the account is locked; then the call is refused, as it is in a pool
+ * without an upstream.
+ *
+ * No call waits that could not be helped by it: one whose own transaction
+ * holds the account, which the worker then cannot supply, or reads a snapshot
+ * in which a new lease would not be.
+ *
+ * Locks: the account, after the wait.
+ */
+#include "postgres.h"
+
+#include "access/transam.h"
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/timestamp.h"
+
+#include "argument.h"
+#include "clock.h"
+#include "demand.h"
+#include "policy.h"
+#include "reclaim.h"
+#include "statement.h"
+#include "supply.h"
+
+static int	acquire_timeout;
+
+#define ALIVE \
+	"t.account = $1 AND t.credit = $2 AND t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > $3)"
+
+static Statement lock_if_covered_statement = {
+	.sql = "SELECT a.frozen FROM credit_lease.account a WHERE a.account = $1"
+	" AND (SELECT pg_catalog.sum(t.remaining) FROM credit_lease.tranche t WHERE " ALIVE " AND t.open) >= $4"
+	" FOR NO KEY UPDATE OF a",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, NUMERICOID}
+};
+
+static Statement holder_statement = {
+	.sql = "SELECT a.xmin, a.xmax FROM credit_lease.account a WHERE a.account = $1",
+	.nargs = 1,
+	.argtypes = {TEXTOID}
+};
+
+static Statement server_statement = {
+	.sql = "SELECT p.server FROM credit_lease.lease_policy($1, $2) p WHERE p.server IS NOT NULL",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
+
+static Statement lease_statement = {
+	.sql = "SELECT t.lease_id, (SELECT coalesce(pg_catalog.sum(t.remaining), 0) FROM credit_lease.tranche t WHERE " ALIVE " AND t.open)"
+	" FROM (SELECT) one LEFT JOIN credit_lease.tranche t ON " ALIVE " AND t.kind = 'upstream' AND t.server IS NOT NULL LIMIT 1",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+void
+supply_define_settings(void)
+{
+	DefineCustomIntVariable("credit_lease.acquire_timeout",
+							"Sets how long a call that is short of credit waits for an upstream.",
+							"0 lets no call wait.",
+							&acquire_timeout,
+							2000, 0, 600 * 1000,
+							PGC_USERSET,
+							GUC_UNIT_MS,
+							NULL, NULL, NULL);
+}
+
+static void
+add_pool(Parameters *parameters, text *account, text *credit)
+{
+	parameter_add_pointer(parameters, account);
+	parameter_add_pointer(parameters, credit);
+}
+
+/* Locks the account if the pool seems to have an amount, and reads the pool. */
+static bool
+lock_if_covered(Pool *pool, Numeric needed)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	add_pool(&parameters, pool->account, pool->credit);
+	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+	parameter_add_pointer(&parameters, needed);
+	if (statement_execute(&lock_if_covered_statement, &parameters) == 0)
+		return false;
+	pool->may_be_frozen = DatumGetBool(statement_value(0, 1, &isnull));
+	pool_read(pool);
+	reclaim_lapsed(pool);
+	return true;
+}
+
+/* Returns whether this transaction has created, changed or locked the account. */
+static bool
+is_held_by_us(text *account)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	parameter_add_pointer(&parameters, account);
+	return statement_execute(&holder_statement, &parameters) > 0 &&
+		(TransactionIdIsCurrentTransactionId(DatumGetTransactionId(statement_value(0, 1, &isnull))) ||
+		 TransactionIdIsCurrentTransactionId(DatumGetTransactionId(statement_value(0, 2, &isnull))));
+}
+
+static bool
+has_upstream(text *account, text *credit)
+{
+	Parameters	parameters = {0};
+
+	add_pool(&parameters, account, credit);
+	return statement_execute(&server_statement, &parameters) > 0;
+}
+
+/*
+ * Waits until a pool seems to have an amount, and returns whether the account
+ * is locked then. If it is not, pool->unsupplied is why, where an upstream
+ * could not be asked in time.
+ */
+static bool
+wait_for_supply(Pool *pool, Numeric needed)
+{
+	char	   *account = text_to_cstring(pool->account);
+	char	   *credit = text_to_cstring(pool->credit);
+	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), acquire_timeout);
+	char		error[DEMAND_MAX_ERROR];
+
+	for (;;)
+	{
+		DemandAnswer answer = demand_wait(account, credit, needed, until, error);
+
+		if (answer == DEMAND_SUPPLIED && lock_if_covered(pool, needed))
+			return true;
+		if (answer == DEMAND_PENDING || answer == DEMAND_UNREACHABLE)
+			pool->unsupplied = pstrdup(error[0] ? error : "there was no answer in time");
+		if (answer != DEMAND_SUPPLIED || GetCurrentTimestamp() >= until)
+			return false;
+	}
+}
+
+/*
+ * supply_lock
+ *		Does reclaim_lock() with ACCOUNT_LOCK for a call that needs an amount,
+ *		after it has waited, if need be, for the pool's upstream to supply it:
+ *		at most as long as credit_lease.acquire_timeout says. A request whose
+ *		key has had its effect does not wait.
+ */
+void
+supply_lock(Pool *pool, const Request *request, Numeric needed)
+{
+	FirstCall	first;
+
+	if (!policy_has_server() || IsolationUsesXactSnapshot())
+	{
+		reclaim_lock(pool, ACCOUNT_LOCK);
+		return;
+	}
+	if (lock_if_covered(pool, needed))
+		return;
+	if (acquire_timeout > 0 && has_upstream(pool->account, pool->credit) &&
+		!is_held_by_us(pool->account) && !request_find_first(request, false, &first) &&
+		wait_for_supply(pool, needed))
+		return;
+	reclaim_lock(pool, ACCOUNT_LOCK);
+}
+
+static const char *const answer_word[] = {"pending", "live", "no upstream", "refused", "unreachable"};
+
+/*
+ * lease_prewarm(account, credits, wait) -> setof credit, lease_id, available, status
+ *		Has leases acquired for those of an account's pools that have none that
+ *		is alive, and waits for them: for all of them together no longer than
+ *		it says, or than credit_lease.acquire_timeout. What is pending then
+ *		still comes.
+ */
+PG_FUNCTION_INFO_V1(lease_prewarm);
+Datum
+lease_prewarm(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	text	   *account = argument_text(fcinfo, 0, "account");
+	TimestampTz until;
+	Datum	   *credit;
+	bool	   *null;
+	int			ncredits;
+
+	if (PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("credits must not be null")));
+	deconstruct_array(PG_GETARG_ARRAYTYPE_P(1), TEXTOID, -1, false, TYPALIGN_INT, &credit, &null, &ncredits);
+	for (int i = 0; i < ncredits; i++)
+	{
+		if (null[i] || VARSIZE_ANY_EXHDR(DatumGetPointer(credit[i])) == 0 ||
+			VARSIZE_ANY_EXHDR(DatumGetPointer(credit[i])) > ARGUMENT_MAX_TEXT)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("credits must be of 1 to %d bytes each", ARGUMENT_MAX_TEXT)));
+	}
+	if (PG_ARGISNULL(2))
+		until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), acquire_timeout);
+	else
+		until = instant_add(GetCurrentTimestamp(), argument_optional_ttl(fcinfo, 2, "wait", clock_now()));
+
+	InitMaterializedSRF(fcinfo, 0);
+	for (int i = 0; i < ncredits; i++)
+	{
+		text	   *name = DatumGetTextPP(credit[i]);
+		DemandAnswer answer = DEMAND_NO_UPSTREAM;
+		Parameters	parameters = {0};
+		char		error[DEMAND_MAX_ERROR];
+		Datum		values[4];
+		bool		nulls[4] = {false};
+
+		statement_begin();
+		if (has_upstream(account, name))
+			answer = demand_wait(text_to_cstring(account), text_to_cstring(name), amount_zero(), until, error);
+		add_pool(&parameters, account, name);
+		parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+		statement_execute(&lease_statement, &parameters);
+
+		values[0] = PointerGetDatum(name);
+		values[1] = statement_value(0, 1, &nulls[1]);
+		values[2] = statement_value(0, 2, &nulls[2]);
+		values[3] = CStringGetTextDatum(answer_word[nulls[1] || answer == DEMAND_NO_UPSTREAM ? answer : DEMAND_SUPPLIED]);
+		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+		SPI_finish();
+	}
+	return (Datum) 0;
+}

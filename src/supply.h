@@ -1,0 +1,10 @@
+#ifndef CREDIT_LEASE_SUPPLY_H
+#define CREDIT_LEASE_SUPPLY_H
+
+#include "pool.h"
+#include "request.h"
+
+extern void supply_define_settings(void);
+extern void supply_lock(Pool *pool, const Request *request, Numeric needed);
+
+#endif							/* CREDIT_LEASE_SUPPLY_H */

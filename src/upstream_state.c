@@ -1,0 +1,289 @@
+/*
+ * upstream_state.c
+ *		How a worker gets on with each upstream, in shared memory: counters and
+ *		back-off, written by the worker of a database and read by anybody.
+ *
+ * Nothing that matters is lost with it: a worker that starts anew asks at once.
+ *
+ * Locks: the named LWLock credit_lease_upstream, for an instant, within which
+ * nothing is allocated and nothing can fail.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "upstream_state.h"
+
+#define LOCK_NAME	"credit_lease_upstream"
+
+/* How many upstreams all databases together can have. */
+#define UPSTREAMS	256
+
+typedef struct UpstreamSlot
+{
+	Oid			database;		/* InvalidOid for a free slot */
+	NameData	server;
+	int			in_flight;
+	int			failures_in_a_row;
+	int64		successes;
+	int64		failures;
+	int64		latency_us;		/* -1 while none was answered */
+	TimestampTz back_off_until;
+	TimestampTz last_success_at;	/* 0 for never */
+	TimestampTz last_error_at;	/* 0 for never */
+	char		error[256];
+} UpstreamSlot;
+
+static UpstreamSlot *slots = NULL;
+static LWLock *lock;
+static shmem_request_hook_type previous_shmem_request = NULL;
+static shmem_startup_hook_type previous_shmem_startup = NULL;
+
+static void
+shmem_request(void)
+{
+	if (previous_shmem_request)
+		previous_shmem_request();
+	RequestAddinShmemSpace(sizeof(UpstreamSlot) * UPSTREAMS);
+	RequestNamedLWLockTranche(LOCK_NAME, 1);
+}
+
+static void
+shmem_startup(void)
+{
+	bool		found;
+
+	if (previous_shmem_startup)
+		previous_shmem_startup();
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	slots = ShmemInitStruct("credit_lease upstream", sizeof(UpstreamSlot) * UPSTREAMS, &found);
+	if (!found)
+		memset(slots, 0, sizeof(UpstreamSlot) * UPSTREAMS);
+	lock = &GetNamedLWLockTranche(LOCK_NAME)->lock;
+	LWLockRelease(AddinShmemInitLock);
+}
+
+/* Asks for the shared memory; to be called while the library is preloaded. */
+void
+upstream_state_request(void)
+{
+	previous_shmem_request = shmem_request_hook;
+	shmem_request_hook = shmem_request;
+	previous_shmem_startup = shmem_startup_hook;
+	shmem_startup_hook = shmem_startup;
+}
+
+/*
+ * Returns the slot of a server of this database, a free one if it has none;
+ * the last one is for all that find none. The lock is held.
+ */
+static UpstreamSlot *
+slot_of(const char *server)
+{
+	UpstreamSlot *slot = &slots[UPSTREAMS - 1];
+
+	for (int i = UPSTREAMS - 2; i >= 0; i--)
+	{
+		if (slots[i].database == MyDatabaseId && strcmp(NameStr(slots[i].server), server) == 0)
+			return &slots[i];
+		if (!OidIsValid(slots[i].database))
+			slot = &slots[i];
+	}
+	if (!OidIsValid(slot->database))
+	{
+		slot->database = MyDatabaseId;
+		strlcpy(NameStr(slot->server), server, NAMEDATALEN);
+		slot->latency_us = -1;
+	}
+	return slot;
+}
+
+/* Forgets the upstreams of this database: its worker has just started. */
+void
+upstream_state_clear(void)
+{
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	for (int i = 0; i < UPSTREAMS; i++)
+	{
+		if (slots[i].database == MyDatabaseId)
+			memset(&slots[i], 0, sizeof(slots[i]));
+	}
+	LWLockRelease(lock);
+}
+
+/* Notes that a request is on its way. */
+void
+upstream_state_sent(const char *server)
+{
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	slot_of(server)->in_flight++;
+	LWLockRelease(lock);
+}
+
+/* Notes a reply that was of use. */
+void
+upstream_state_succeeded(const char *server, int64 latency_us)
+{
+	UpstreamSlot *slot;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	slot = slot_of(server);
+	slot->in_flight--;
+	slot->successes++;
+	slot->failures_in_a_row = 0;
+	slot->latency_us = latency_us;
+	slot->last_success_at = GetCurrentTimestamp();
+	LWLockRelease(lock);
+}
+
+/* Notes a request that the upstream has refused: it is well, so that others may be sent. */
+void
+upstream_state_refused(const char *server, const char *error, int64 latency_us)
+{
+	UpstreamSlot *slot;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	slot = slot_of(server);
+	slot->in_flight--;
+	slot->failures++;
+	slot->failures_in_a_row = 0;
+	slot->latency_us = latency_us;
+	slot->last_error_at = GetCurrentTimestamp();
+	strlcpy(slot->error, error, sizeof(slot->error));
+	LWLockRelease(lock);
+}
+
+/*
+ * upstream_state_failed
+ *		Notes a request that failed, also one that could not even be sent;
+ *		returns how many have in a row.
+ */
+int
+upstream_state_failed(const char *server, const char *error, bool was_sent)
+{
+	UpstreamSlot *slot;
+	int			failures;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	slot = slot_of(server);
+	slot->in_flight -= was_sent;
+	slot->failures++;
+	failures = ++slot->failures_in_a_row;
+	slot->last_error_at = GetCurrentTimestamp();
+	strlcpy(slot->error, error, sizeof(slot->error));
+	LWLockRelease(lock);
+	return failures;
+}
+
+/* Lets nothing be sent to a server before an instant. */
+void
+upstream_state_back_off(const char *server, TimestampTz until)
+{
+	UpstreamSlot *slot;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	slot = slot_of(server);
+	slot->back_off_until = Max(slot->back_off_until, until);
+	LWLockRelease(lock);
+}
+
+/* Ends every back-off of this database: what was wrong may have been mended. */
+void
+upstream_state_try_again(void)
+{
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	for (int i = 0; i < UPSTREAMS; i++)
+	{
+		if (slots[i].database == MyDatabaseId)
+			slots[i].back_off_until = 0;
+	}
+	LWLockRelease(lock);
+}
+
+/*
+ * upstream_state_backing_off
+ *		Returns the names of the servers to which nothing may be sent, as an
+ *		array of text; *first_end is set to when the first of them may be sent
+ *		something again, if that is earlier.
+ */
+ArrayType *
+upstream_state_backing_off(TimestampTz now, TimestampTz *first_end)
+{
+	Datum		names[UPSTREAMS];
+	int			n = 0;
+
+	for (int i = 0; i < UPSTREAMS; i++)
+	{
+		/* nobody else writes what is of this database */
+		if (slots[i].database != MyDatabaseId || slots[i].back_off_until <= now)
+			continue;
+		names[n++] = CStringGetTextDatum(NameStr(slots[i].server));
+		*first_end = Min(*first_end, slots[i].back_off_until);
+	}
+	return construct_array(names, n, TEXTOID, -1, false, TYPALIGN_INT);
+}
+
+/* Returns when something may be sent to a server again, which may be past, and its last error. */
+TimestampTz
+upstream_state_backs_off_until(const char *server, char **error)
+{
+	UpstreamSlot copy;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	copy = *slot_of(server);
+	LWLockRelease(lock);
+	*error = pstrdup(copy.error);
+	return copy.back_off_until;
+}
+
+/*
+ * lease_upstreams() -> setof server, in_flight, successes, failures, latency,
+ *		back_off_until, last_success_at, last_error_at, last_error
+ *		What the worker of this database tells of the upstreams it has asked.
+ */
+PG_FUNCTION_INFO_V1(lease_upstreams);
+Datum
+lease_upstreams(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+
+	InitMaterializedSRF(fcinfo, 0);
+	for (int i = 0; slots && i < UPSTREAMS; i++)
+	{
+		UpstreamSlot copy;
+		Interval	latency = {0};
+		Datum		values[9];
+		bool		nulls[9] = {false};
+
+		LWLockAcquire(lock, LW_SHARED);
+		copy = slots[i];
+		LWLockRelease(lock);
+		if (copy.database != MyDatabaseId)
+			continue;
+
+		latency.time = copy.latency_us;
+		values[0] = CStringGetTextDatum(NameStr(copy.server));
+		values[1] = Int32GetDatum(copy.in_flight);
+		values[2] = Int64GetDatum(copy.successes);
+		values[3] = Int64GetDatum(copy.failures);
+		values[4] = IntervalPGetDatum(&latency);
+		nulls[4] = copy.latency_us < 0;
+		values[5] = TimestampTzGetDatum(copy.back_off_until);
+		nulls[5] = copy.back_off_until == 0;
+		values[6] = TimestampTzGetDatum(copy.last_success_at);
+		nulls[6] = copy.last_success_at == 0;
+		values[7] = TimestampTzGetDatum(copy.last_error_at);
+		values[8] = CStringGetTextDatum(copy.error);
+		nulls[7] = nulls[8] = copy.last_error_at == 0;
+		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+	}
+	return (Datum) 0;
+}
