@@ -44,3 +44,12 @@ SELECT entry_id, to_char(created_at, 'HH24:MI:SS.MS') AS "at", kind, amount, ava
  ORDER BY entry_id;
 \echo 'and its balance:'
 SELECT * FROM credit_lease.lease_balance(:'account');
+
+\echo 'All was leased (trace.lease). What the upstream granted is what was spent here, is held and was returned:'
+SELECT to_char(count(*), 'FM999,999,999') AS leases,
+	   to_char(sum(granted_there), 'FM999,999,999,999') AS "granted upstream",
+	   to_char(sum(consumed), 'FM999,999,999,999') AS "spent here",
+	   to_char(sum(reserved + remaining), 'FM999,999,999,990') AS held,
+	   to_char(sum(returned), 'FM999,999,999,999') AS returned,
+	   to_char(sum(granted_there) - sum(consumed + reserved + remaining + returned), 'FM999,999,999,990') AS difference
+  FROM trace.lease;

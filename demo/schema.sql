@@ -2,12 +2,9 @@
 -- what must hold when it is over.
 
 CREATE ROLE app LOGIN;
-CREATE ROLE billing LOGIN;
 
 CREATE EXTENSION credit_lease;
 SELECT credit_lease.lease_grant_access('app', 'spend') \g /dev/null
-GRANT USAGE ON SCHEMA credit_lease TO billing;
-GRANT EXECUTE ON FUNCTION credit_lease.lease_topup TO billing;
 
 CREATE SCHEMA app;
 COMMENT ON SCHEMA app IS 'what the application stores, in the same transactions that hold and spend credit';
@@ -30,7 +27,7 @@ GRANT SELECT, INSERT, UPDATE ON app.request TO app;
 -- whether there is one, only when the request has ended.
 CREATE SCHEMA trace;
 COMMENT ON SCHEMA trace IS 'the requests that the demo replays';
-GRANT USAGE ON SCHEMA trace TO app, billing;
+GRANT USAGE ON SCHEMA trace TO app;
 
 CREATE TABLE trace.loaded (
 	at timestamp NOT NULL,
@@ -48,7 +45,7 @@ CREATE TABLE trace.request (
 	ending text NOT NULL CHECK (ending IN ('served', 'failed', 'abandoned')),
 	sent_twice boolean NOT NULL
 );
-GRANT SELECT ON trace.request TO app, billing;
+GRANT SELECT ON trace.request TO app;
 
 CREATE SEQUENCE trace.next;
 COMMENT ON SEQUENCE trace.next IS 'the request that the next free client takes';
@@ -80,6 +77,22 @@ SELECT t.request_id, t.sent_twice,
   LEFT JOIN app.request a USING (request_id)
   LEFT JOIN credit_lease.reservation r ON r.account = a.account AND r.reservation_id = a.reservation_id;
 
+CREATE TABLE trace.upstream_books (
+	books jsonb NOT NULL
+);
+COMMENT ON TABLE trace.upstream_books IS 'what the upstream has in its own books when all is over';
+
+-- Each lease by the upstream's books and by ours
+CREATE VIEW trace.lease AS
+SELECT lease_id, t.account IS NOT NULL AS is_ours, u.granted AS granted_there, u.used AS used_there,
+	   u.released + u.out AS returned_there,
+	   t.granted, t.consumed, t.reserved, t.remaining, t.returned + t.expired AS returned
+  FROM (SELECT l.*
+		  FROM trace.upstream_books b,
+			   jsonb_to_recordset(b.books->'leases') AS l (id text, granted numeric, used numeric, released numeric, "out" numeric)
+	   ) AS u (lease_id, granted, used, released, "out")
+  FULL JOIN (SELECT * FROM credit_lease.tranche WHERE kind = 'upstream') AS t USING (lease_id);
+
 CREATE VIEW trace.proof AS
 SELECT check_name, expected, found, expected IS NOT DISTINCT FROM found AS holds
   FROM (VALUES
@@ -98,6 +111,15 @@ SELECT check_name, expected, found, expected IS NOT DISTINCT FROM found AS holds
 	('served requests charged anything but that',
 	 0,
 	 (SELECT count(*) FROM trace.outcome WHERE outcome = 'served' AND spent IS DISTINCT FROM used)),
+	('leases that either of the two does not know',
+	 0, (SELECT count(*) FROM trace.lease WHERE granted_there IS NULL OR NOT is_ours)),
+	('granted here, of what the upstream granted',
+	 (SELECT sum(granted_there) FROM trace.lease), (SELECT sum(granted) FROM trace.lease)),
+	('spent here, of what was reported to the upstream',
+	 (SELECT sum(used_there) FROM trace.lease), (SELECT sum(consumed) FROM trace.lease)),
+	('leases of which the two have different books',
+	 0, (SELECT count(*) FROM trace.lease
+		  WHERE granted_there <> granted OR used_there <> consumed OR returned_there <> returned)),
 	('holds still open', 0, (SELECT count(*) FROM credit_lease.reservation WHERE status = 'held')),
 	('rows of lease_verify()', 0, (SELECT count(*) FROM credit_lease.lease_verify()))
   ) AS p (check_name, expected, found);

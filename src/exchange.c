@@ -54,6 +54,9 @@
 #define FIRST_BACK_OFF_MS	200
 #define LONGEST_BACK_OFF_MS	10000
 
+/* The parent of their contexts */
+static MemoryContext all_exchanges = NULL;
+
 static Statement complete_statement = {
 	.sql = "SELECT $1 || pg_catalog.jsonb_strip_nulls("
 	"pg_catalog.jsonb_build_object('url', $2, 'events_url', $3, 'api_key', $4))",
@@ -173,10 +176,13 @@ Exchange *
 exchange_prepare(const char *server, const char *operation, Jsonb *request)
 {
 	MemoryContext old;
-	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "credit_lease exchange",
-												  ALLOCSET_SMALL_SIZES);
+	MemoryContext context;
 	Exchange   *exchange;
 
+	if (all_exchanges == NULL)
+		all_exchanges = AllocSetContextCreate(TopMemoryContext, "credit_lease exchanges",
+											  ALLOCSET_DEFAULT_SIZES);
+	context = AllocSetContextCreate(all_exchanges, "credit_lease exchange", ALLOCSET_SMALL_SIZES);
 	old = MemoryContextSwitchTo(context);
 	exchange = palloc0(sizeof(Exchange));
 	exchange->context = context;
@@ -235,10 +241,11 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request)
 	return exchange;
 }
 
-/* Sends a request that has been prepared. */
+/* Sends a request that has been prepared; the timeouts are in milliseconds. */
 void
 exchange_send(Exchange *exchange, int connect_timeout, int request_timeout)
 {
+	exchange->sent = true;
 	http_send(exchange->url, exchange->headers, exchange->body,
 			  connect_timeout, request_timeout, exchange);
 	upstream_state_sent(exchange->server);
@@ -247,9 +254,17 @@ exchange_send(Exchange *exchange, int connect_timeout, int request_timeout)
 void
 exchange_end(Exchange *exchange)
 {
-	if (exchange->upstream)
-		explicit_bzero(exchange->upstream->key, strlen(exchange->upstream->key));
 	MemoryContextDelete(exchange->context);
+}
+
+/* Ends all exchanges there are; what they were about is asked again. */
+void
+exchange_forget_all(void)
+{
+	http_forget_all();
+	if (all_exchanges)
+		MemoryContextReset(all_exchanges);
+	upstream_state_clear();
 }
 
 /* A required member of an outcome */
@@ -464,11 +479,17 @@ exchange_next(void)
 	return exchange;
 }
 
-/* Returns what was asked about, one of the strings of the request. */
+/* Return what an acquire or an extend was about. */
 char *
-exchange_asked(const Exchange *exchange, const char *name)
+exchange_asked_company(const Exchange *exchange)
 {
-	return string_of(member(exchange->request, name));
+	return string_of(member(exchange->request, "company_id"));
+}
+
+Numeric
+exchange_asked_amount(const Exchange *exchange)
+{
+	return member(exchange->request, "amount")->val.numeric;
 }
 
 /* Notes that a server cannot be asked at all, and leaves it alone for a while. */

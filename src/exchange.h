@@ -11,7 +11,7 @@
 
 typedef enum ExchangeResult
 {
-	EXCHANGE_OPEN,				/* not sent, or not answered */
+	EXCHANGE_OPEN,				/* not answered */
 	EXCHANGE_DONE,
 	EXCHANGE_REFUSED,			/* the upstream says no */
 	EXCHANGE_FAILED				/* not answered, or with something of no use */
@@ -46,6 +46,7 @@ typedef struct Exchange
 	ArrayType  *entry_ids;
 	int			nreports;
 
+	bool		sent;
 	ExchangeResult result;
 	HttpReply	reply;
 	char	   *error;			/* where it was refused or has failed */
@@ -57,7 +58,9 @@ extern Exchange *exchange_prepare(const char *server, const char *operation, Jso
 extern void exchange_send(Exchange *exchange, int connect_timeout, int request_timeout);
 extern Exchange *exchange_next(void);
 extern void exchange_end(Exchange *exchange);
-extern char *exchange_asked(const Exchange *exchange, const char *name);
+extern void exchange_forget_all(void);
+extern char *exchange_asked_company(const Exchange *exchange);
+extern Numeric exchange_asked_amount(const Exchange *exchange);
 extern void exchange_impossible(const char *server, const char *error);
 extern int	back_off_ms(int first, int failures, int longest);
 

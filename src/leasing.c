@@ -62,7 +62,7 @@
 	" SET server = excluded.server, company_id = excluded.company_id, credit_type_id = excluded.credit_type_id," \
 	" amount = excluded.amount, expires_at = excluded.expires_at," \
 	" idempotency_key = excluded.idempotency_key, next_try_at = excluded.next_try_at, refused = false" \
-	" WHERE r.refused AND r.next_try_at <= excluded.next_try_at"
+	" WHERE (r.refused AND r.next_try_at <= excluded.next_try_at) OR r.server <> excluded.server"
 
 /* Requests that nobody needs any more */
 static Statement clean_statement = {
@@ -252,33 +252,46 @@ add_text(Parameters *parameters, const char *string)
 	parameter_add_pointer(parameters, string ? cstring_to_text(string) : NULL);
 }
 
+/* What guard() has to do: a lease as three texts */
 static void
+release(void *lease)
+{
+	Parameters	parameters = {0};
+
+	for (int i = 0; i < 3; i++)
+		parameter_add(&parameters, ((Datum *) lease)[i]);
+	statement_execute(&release_statement, &parameters);
+}
+
+/* Returns whether all are released; those of a locked account are not. */
+static bool
 release_unwanted(TimestampTz now)
 {
 	Parameters	parameters = {0};
+	SPITupleTable *rows;
 	uint64		n;
-	Datum	   *lease;
+	bool		all = true;
 
 	parameter_add(&parameters, TimestampTzGetDatum(now));
 	n = statement_execute(&unwanted_statement, &parameters);
-	lease = palloc(sizeof(Datum) * 3 * n);
-	for (uint64 i = 0; i < 3 * n; i++)
-	{
-		bool		isnull;
-
-		lease[i] = statement_value(i / 3, i % 3 + 1, &isnull);
-	}
+	rows = SPI_tuptable;
 	for (uint64 i = 0; i < n; i++)
 	{
-		Parameters	one = {0};
+		Datum		lease[3];
+		bool		isnull;
 		bool		frozen;
+		char	   *error;
 
-		if (!account_lock(DatumGetTextPP(lease[3 * i]), ACCOUNT_LOCK_IF_FREE, &frozen))
-			continue;
 		for (int k = 0; k < 3; k++)
-			parameter_add(&one, lease[3 * i + k]);
-		statement_execute(&release_statement, &one);
+			lease[k] = SPI_getbinval(rows->vals[i], rows->tupdesc, k + 1, &isnull);
+		if (!account_lock(DatumGetTextPP(lease[0]), ACCOUNT_LOCK_IF_FREE, &frozen))
+			all = false;
+		else if (!guard(release, lease, &error))
+			ereport(WARNING,
+					(errmsg("lease \"%s\" was not released: %s",
+							TextDatumGetCString(lease[2]), error)));
 	}
+	return all;
 }
 
 /*
@@ -289,6 +302,7 @@ release_unwanted(TimestampTz now)
 void
 leasing_look(bool policies_changed)
 {
+	static bool some_unwanted = false;
 	TimestampTz now = clock_now();
 	Parameters	parameters = {0};
 
@@ -296,8 +310,8 @@ leasing_look(bool policies_changed)
 	statement_execute(&clean_statement, &parameters);
 	parameter_add(&parameters, Int32GetDatum(LOOK_ROWS));
 	statement_execute(&extend_statement, &parameters);
-	if (policies_changed)
-		release_unwanted(now);
+	if (policies_changed || some_unwanted)
+		some_unwanted = !release_unwanted(now);
 }
 
 static bool
@@ -588,7 +602,7 @@ take_terms(void *arg)
 		{
 			Parameters	company = lease;
 
-			add_text(&company, exchange_asked(exchange, "company_id"));
+			add_text(&company, exchange_asked_company(exchange));
 			statement_execute(&company_statement, &company);
 		}
 	}
@@ -599,7 +613,7 @@ take_terms(void *arg)
 		statement_execute(&give_up_statement, &lease);
 	}
 	/* asking for more again at once would be in vain */
-	if (!raised && strcmp(exchange_asked(exchange, "amount"), "0") != 0)
+	if (!raised && amount_sign(exchange_asked_amount(exchange)) > 0)
 		exchange->error = "the upstream granted no more";
 }
 

@@ -401,8 +401,8 @@ read_key(const char *path)
 
 /*
  * upstream_load
- *		Returns an upstream as the current user may use it, with its key, in
- *		the current memory context. Raises 42704 or 42809 where there is none,
+ *		Returns an upstream as the role of this worker may use it, with its
+ *		key, in the current memory context. Raises 42704 or 42809 where there is none,
  *		42501, F0000 for a key file that is of no use, and 22023 where the
  *		dialect is gone.
  */
@@ -412,12 +412,13 @@ upstream_load(const char *server)
 	Upstream   *upstream = palloc0(sizeof(Upstream));
 	ForeignServer *found;
 	UserMapping *mapping;
+	Oid			role = GetSessionUserId();
 
 	upstream_require(server);
 	found = GetForeignServerByName(server, false);
-	if (object_aclcheck(ForeignServerRelationId, found->serverid, GetUserId(), ACL_USAGE) != ACLCHECK_OK)
+	if (object_aclcheck(ForeignServerRelationId, found->serverid, role, ACL_USAGE) != ACLCHECK_OK)
 		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_FOREIGN_SERVER, server);
-	mapping = GetUserMapping(GetUserId(), found->serverid);
+	mapping = GetUserMapping(role, found->serverid);
 
 	upstream->owner = found->owner;
 	upstream->url = find_option(found->options, "url");

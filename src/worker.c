@@ -282,8 +282,13 @@ ask(int slot, bool look, TimestampTz *next_due)
 	SetUserIdAndSecContext(user, security);
 	end_step();
 
-	foreach(cell, prepared)
-		exchange_send(lfirst(cell), connect_timeout, request_timeout);
+	foreach(cell, exchanges)
+	{
+		Exchange   *exchange = lfirst(cell);
+
+		if (!exchange->sent)
+			exchange_send(exchange, connect_timeout, request_timeout);
+	}
 	return more;
 }
 
@@ -327,7 +332,6 @@ static void
 recover(int slot, MemoryContext context)
 {
 	ErrorData  *error;
-	ListCell   *cell;
 
 	error_context_stack = NULL;
 	HOLD_INTERRUPTS();
@@ -339,11 +343,10 @@ recover(int slot, MemoryContext context)
 	FlushErrorState();
 
 	/* what is under way is in the tables, and is asked again */
-	http_forget_all();
-	foreach(cell, exchanges)
-		exchange_end(lfirst(cell));
+	exchange_forget_all();
+	list_free(exchanges);
+	list_free(answered);
 	exchanges = answered = NIL;
-	upstream_state_clear();
 	pgstat_report_activity(STATE_IDLE, NULL);
 	RESUME_INTERRUPTS();
 }
