@@ -314,20 +314,16 @@ instant_of(const JsonbValue *value, const char *name)
 /*
  * An upstream hands the lease that fills a slot back to whoever asks. Two
  * clusters, or two accounts, that have one slot between them would both spend
- * it: a lease is ours only if it ends at the instant that we asked for, which
- * nobody else has. Upstreams may keep no more than milliseconds, or seconds.
+ * it: a lease is the one that was asked for only if it ends at the instant
+ * that was, which nobody else has. Upstreams may keep no more than
+ * milliseconds, or seconds.
  */
-static void
-require_ours(TimestampTz expires_at, Jsonb *request)
+static bool
+is_as_asked(TimestampTz expires_at, Jsonb *request)
 {
 	TimestampTz asked = instant_of(required(request, "expires_at", jbvString, "string"), "expires_at");
-	TimestampTz whole = asked - asked % USECS_PER_SEC;
 
-	if (expires_at / 1000 != asked / 1000 && expires_at != whole)
-		ereport(ERROR,
-				(errcode(ERRCODE_FDW_REPLY_HANDLE),
-				 errmsg("the lease in the reply is not the one that was asked for: it expires at another time"),
-				 errhint("Somebody else may lease for the same company, or the upstream does not grant a lease of that duration.")));
+	return expires_at / 1000 == asked / 1000 || expires_at == asked - asked % USECS_PER_SEC;
 }
 
 /* Reads and checks the terms of a lease. */
@@ -356,8 +352,7 @@ read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
 	terms->granted = DatumGetNumericCopy(NumericGetDatum(terms->granted));
 
 	terms->expires_at = instant_of(expires_at, "expires_at");
-	if (exchange->lease_id == NULL)
-		require_ours(terms->expires_at, exchange->request);
+	terms->as_asked = exchange->lease_id || is_as_asked(terms->expires_at, exchange->request);
 	if (terms->expires_at <= GetCurrentTimestamp())
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_REPLY_HANDLE),

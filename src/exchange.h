@@ -23,6 +23,7 @@ typedef struct LeaseTerms
 	char	   *lease_id;
 	Numeric		granted;		/* the lease's total */
 	TimestampTz expires_at;
+	bool		as_asked;		/* it is not somebody else's */
 } LeaseTerms;
 
 /* One request and its reply. */

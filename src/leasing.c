@@ -230,18 +230,34 @@ static Statement company_statement = {
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
 };
 
+#define RELEASE_ACQUIRED \
+	"INSERT INTO credit_lease.upstream_request AS r (account, credit, kind, lease_id, server, company_id," \
+	" credit_type_id, expires_at, created_at, next_try_at)" \
+	" SELECT q.account, q.credit, 'release', $3, q.server, q.company_id, q.credit_type_id, $5, $4, $4" \
+	" FROM credit_lease.upstream_request q WHERE q.account = $1 AND q.credit = $2 AND q.kind = 'acquire'"
+
 /* An acquire that lost the race: another lease fills the slot. */
 static Statement give_up_statement = {
-	.sql = "INSERT INTO credit_lease.upstream_request AS r (account, credit, kind, lease_id, server, company_id,"
-	" credit_type_id, expires_at, created_at, next_try_at)"
-	" SELECT q.account, q.credit, 'release', $3, q.server, q.company_id, q.credit_type_id, $5, $4, $4"
-	" FROM credit_lease.upstream_request q"
-	" WHERE q.account = $1 AND q.credit = $2 AND q.kind = 'acquire'"
+	.sql = RELEASE_ACQUIRED
 	" AND NOT EXISTS (SELECT FROM credit_lease.tranche t WHERE t.account = $1 AND t.credit = $2"
 	"  AND t.kind = 'upstream' AND t.lease_id = $3)"
 	" AND EXISTS (SELECT FROM credit_lease.tranche t WHERE t.account = $1 AND t.credit = $2"
 	"  AND t.kind = 'upstream' AND t.server = q.server AND t.released_at IS NULL AND t.expires_at > $4)"
 	" ON CONFLICT (account, credit, kind, lease_id) DO NOTHING",
+	.nargs = 5,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+};
+
+/*
+ * An earlier lease of the pool that is over here and not upstream, as when the
+ * answer to its last extension was lost
+ */
+static Statement give_back_statement = {
+	.sql = RELEASE_ACQUIRED
+	" AND EXISTS (SELECT FROM credit_lease.tranche t WHERE t.account = $1 AND t.credit = $2"
+	"  AND t.kind = 'upstream' AND t.lease_id = $3 AND t.server = q.server"
+	"  AND (t.released_at IS NOT NULL OR t.expires_at <= $4))"
+	" ON CONFLICT (account, credit, kind, lease_id) DO UPDATE SET expires_at = excluded.expires_at",
 	.nargs = 5,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
@@ -569,6 +585,21 @@ remove_request(const Exchange *exchange)
 	statement_execute(&remove_statement, &parameters);
 }
 
+static void
+refuse_other_lease(Exchange *exchange)
+{
+	Parameters	parameters = {0};
+
+	add_lease(&parameters, exchange, exchange->terms.lease_id);
+	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+	parameter_add(&parameters, TimestampTzGetDatum(exchange->terms.expires_at));
+	if (statement_execute(&give_back_statement, &parameters) > 0)
+		exchange->error = "an earlier lease of the pool is still alive upstream; it is released first";
+	else
+		exchange->error = "the lease in the reply is not the one that was asked for, as it ends at another time:"
+			" somebody else may lease for the same company, or the upstream does not grant lease_duration";
+}
+
 /* Installs the lease that was acquired, or gives it up; or extends the one there is. */
 static void
 take_terms(void *arg)
@@ -582,6 +613,11 @@ take_terms(void *arg)
 	bool		changed;
 	bool		raised;
 
+	if (!terms->as_asked)
+	{
+		refuse_other_lease(exchange);
+		return;
+	}
 	add_lease(&parameters, exchange, terms->lease_id);
 	parameter_add_pointer(&parameters, terms->granted);
 	parameter_add(&parameters, TimestampTzGetDatum(terms->expires_at));
@@ -642,11 +678,14 @@ leasing_take(Exchange *exchange)
 		if (guard(take_terms, exchange, &error))
 		{
 			error = exchange->error;
-			refused = error != NULL;
+			refused = error != NULL && exchange->terms.as_asked;
 		}
 		if (error)
+		{
+			upstream_state_failed(exchange->server, error, false);
 			ereport(LOG,
 					(errmsg("an answer of upstream \"%s\" was not taken: %s", exchange->server, error)));
+		}
 	}
 
 	/* a lease that the upstream does not know, or not any more, is given back */

@@ -27,16 +27,20 @@ static Statement any_statement = {
 	.sql = "SELECT EXISTS (SELECT FROM credit_lease.policy p WHERE p.server IS NOT NULL)"
 };
 
-/* What this session remembers; not valid before the first question. */
+/* What this session remembers, and how often it was told of changes */
 static bool known = false;
 static bool has_server;
+static uint64 changes = 0;
 static Oid	policy_table = InvalidOid;
 
 static void
 forget(Datum arg, Oid relation)
 {
 	if (relation == policy_table || !OidIsValid(relation))
+	{
 		known = false;
+		changes++;
+	}
 }
 
 /* Returns whether any policy has a server; what is remembered costs nothing. */
@@ -46,6 +50,7 @@ policy_has_server(void)
 	static bool registered = false;
 	Parameters	parameters = {0};
 	bool		isnull;
+	uint64		changes_before;
 
 	if (known)
 		return has_server;
@@ -54,9 +59,10 @@ policy_has_server(void)
 		CacheRegisterRelcacheCallback(forget, (Datum) 0);
 	registered = true;
 	policy_table = get_relname_relid("policy", get_namespace_oid("credit_lease", false));
-	known = true;				/* first: what changes meanwhile is to be forgotten */
+	changes_before = changes;
 	statement_execute(&any_statement, &parameters);
 	has_server = DatumGetBool(statement_value(0, 1, &isnull));
+	known = changes == changes_before;
 	return has_server;
 }
 
