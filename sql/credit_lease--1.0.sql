@@ -286,15 +286,17 @@ CREATE TABLE credit_lease.usage_report (
 	event text NOT NULL,
 	quantity numeric NOT NULL CHECK (quantity > 0),
 	created_at timestamptz NOT NULL,
+	lane integer NOT NULL,
 	attempts integer NOT NULL DEFAULT 0,
 	refused_at timestamptz,
 	error text,
 	PRIMARY KEY (account, entry_id)
 );
-CREATE INDEX usage_report_due ON credit_lease.usage_report (server, attempts, entry_id) WHERE refused_at IS NULL;
+CREATE INDEX usage_report_due ON credit_lease.usage_report (server, lane, attempts, entry_id) WHERE refused_at IS NULL;
 CREATE INDEX usage_report_tranche ON credit_lease.usage_report (account, credit, tranche_id) WHERE refused_at IS NULL;
 COMMENT ON TABLE credit_lease.usage_report IS 'usage that is to be reported to an upstream; a row leaves when the upstream has taken it, and stays when it has refused it for good';
 COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; lease_id and this are the key by which the upstream counts it once';
+COMMENT ON COLUMN credit_lease.usage_report.lane IS 'one request of each lane is under way to a server at a time';
 COMMENT ON COLUMN credit_lease.usage_report.attempts IS 'how often it was in a request that was refused; from the first on it is sent alone';
 COMMENT ON COLUMN credit_lease.usage_report.refused_at IS 'when it was refused for good';
 COMMENT ON INDEX credit_lease.usage_report_due IS 'the worker: what to report next';

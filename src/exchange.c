@@ -245,7 +245,7 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request)
 void
 exchange_send(Exchange *exchange, int connect_timeout, int request_timeout)
 {
-	exchange->sent = true;
+	exchange->sent_at = GetCurrentTimestamp();
 	http_send(exchange->url, exchange->headers, exchange->body,
 			  connect_timeout, request_timeout, exchange);
 	upstream_state_sent(exchange->server);
@@ -428,7 +428,7 @@ judge(Exchange *exchange)
 		return;
 	}
 
-	failures = upstream_state_failed(exchange->server, exchange->error, true);
+	failures = upstream_state_failed(exchange->server, exchange->error, exchange->sent_at);
 	if (reply->retry_after_ms >= 0)
 		exchange->try_after = TimestampTzPlusMilliseconds(now, Min(reply->retry_after_ms, LONGEST_RETRY_AFTER_MS));
 	else if (no_access)
@@ -491,7 +491,7 @@ exchange_asked_amount(const Exchange *exchange)
 void
 exchange_impossible(const char *server, const char *error)
 {
-	upstream_state_failed(server, error, false);
+	upstream_state_note(server, error);
 	upstream_state_back_off(server, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LONGEST_BACK_OFF_MS));
 	ereport(WARNING,
 			(errcode(ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION),

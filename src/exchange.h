@@ -47,7 +47,7 @@ typedef struct Exchange
 	ArrayType  *entry_ids;
 	int			nreports;
 
-	bool		sent;
+	TimestampTz sent_at;		/* 0 before it is */
 	ExchangeResult result;
 	HttpReply	reply;
 	char	   *error;			/* where it was refused or has failed */

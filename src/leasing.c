@@ -86,8 +86,9 @@ static Statement extend_statement = {
 	"  CASE WHEN t.remaining <= t.refill_below THEN p.lease_size ELSE greatest(p.lease_size - t.remaining, 0) END,"
 	"  " ASKED_EXPIRY ", $1, $1"
 	" FROM credit_lease.tranche t, credit_lease.lease_policy(t.account, t.credit) p"
-	" WHERE t.kind = 'upstream' AND t.released_at IS NULL AND t.expires_at > $1 AND p.server = t.server"
-	"  AND (t.remaining <= t.refill_below OR (t.refresh_at <= $1 AND EXISTS ("
+	" WHERE t.kind = 'upstream' AND t.released_at IS NULL AND t.expires_at > $1"
+	"  AND (t.remaining <= t.refill_below OR t.refresh_at <= $1)"	/* before its policy is looked up */
+	"  AND p.server = t.server AND (t.remaining <= t.refill_below OR (EXISTS ("
 	"   SELECT FROM (SELECT l.credit, l.kind, l.created_at FROM credit_lease.ledger l"
 	"    WHERE l.account = t.account ORDER BY l.entry_id DESC LIMIT 20) l"
 	"   WHERE l.credit = t.credit AND l.kind IN ('consume', 'reserve', 'settle') AND l.created_at > $1 - p.lease_duration)))"
@@ -312,11 +313,25 @@ release_unwanted(TimestampTz now)
 
 /*
  * leasing_look
- *		Looks through the leases for those that need something, and through the
- *		requests for those that are not needed any more.
+ *		Looks through the leases for those that need more, or more time.
  */
 void
-leasing_look(bool policies_changed)
+leasing_look(void)
+{
+	Parameters	parameters = {0};
+
+	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+	parameter_add(&parameters, Int32GetDatum(LOOK_ROWS));
+	statement_execute(&extend_statement, &parameters);
+}
+
+/*
+ * leasing_clean
+ *		Removes requests that nobody needs any more, and if policies have
+ *		changed, releases the leases of those that are gone.
+ */
+void
+leasing_clean(bool policies_changed)
 {
 	static bool some_unwanted = false;
 	TimestampTz now = clock_now();
@@ -324,8 +339,6 @@ leasing_look(bool policies_changed)
 
 	parameter_add(&parameters, TimestampTzGetDatum(now));
 	statement_execute(&clean_statement, &parameters);
-	parameter_add(&parameters, Int32GetDatum(LOOK_ROWS));
-	statement_execute(&extend_statement, &parameters);
 	if (policies_changed || some_unwanted)
 		some_unwanted = !release_unwanted(now);
 }
@@ -682,7 +695,7 @@ leasing_take(Exchange *exchange)
 		}
 		if (error)
 		{
-			upstream_state_failed(exchange->server, error, false);
+			upstream_state_note(exchange->server, error);
 			ereport(LOG,
 					(errmsg("an answer of upstream \"%s\" was not taken: %s", exchange->server, error)));
 		}

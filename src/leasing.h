@@ -3,7 +3,8 @@
 
 #include "exchange.h"
 
-extern void leasing_look(bool policies_changed);
+extern void leasing_look(void);
+extern void leasing_clean(bool policies_changed);
 extern void leasing_meet_demand(List *exchanges);
 extern List *leasing_prepare(List *exchanges, int most, TimestampTz *next_due);
 extern bool leasing_take(Exchange *exchange);

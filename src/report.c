@@ -35,8 +35,13 @@
 /* The most events of one request (DESIGN 5) */
 #define BATCH	100
 
-/* How many requests with reports are under way to a server at a time; an account's always in the same lane. */
-#define LANES	4
+/*
+ * How many requests with reports are under way to a server at a time: one in
+ * each lane. The reports of an account are all in one, so that they are sent
+ * in order.
+ */
+#define LANES	"(VALUES (0), (1), (2), (3))"
+#define LANE_OF(account) "(pg_catalog.hashtext(" account ") & 3)"
 
 /* A lane that has failed waits so long, at first and at most. */
 #define FIRST_RETRY_MS		100
@@ -61,8 +66,9 @@ static Statement collect_statement = {
 	" due AS (SELECT e.*, greatest(pg_catalog.max(e.total - e.owed) OVER so_far, 0) AS reported FROM entry e"
 	"  WINDOW so_far AS (PARTITION BY e.account, e.credit, e.tranche_id ORDER BY e.id)),"
 	" report AS (INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
-	"   company_id, event, quantity, created_at)"
-	"  SELECT d.account, d.id, d.credit, d.tranche_id, d.server, d.lease_id, d.company_id, d.event, d.quantity, d.created_at"
+	"   company_id, event, quantity, created_at, lane)"
+	"  SELECT d.account, d.id, d.credit, d.tranche_id, d.server, d.lease_id, d.company_id, d.event, d.quantity,"
+	"   d.created_at, " LANE_OF("d.account")
 	"  FROM (SELECT d.*, d.reported - pg_catalog.lag(d.reported, 1, 0.0)"
 	"    OVER (PARTITION BY d.account, d.credit, d.tranche_id ORDER BY d.id) AS quantity FROM due d) d"
 	"  WHERE d.quantity > 0)"
@@ -92,8 +98,8 @@ static Statement due_statement = {
 	.sql = "SELECT s.server, n.lane, b.accounts, b.entry_ids, b.n,"
 	" pg_catalog.jsonb_build_object('idempotency_key', pg_catalog.gen_random_uuid(), 'events', b.events)"
 	" FROM (SELECT p.srvname::pg_catalog.text COLLATE \"C\" AS server FROM pg_catalog.pg_foreign_server p"
-	"  WHERE p.srvname <> ALL ($3::pg_catalog.name[])) s"
-	" CROSS JOIN pg_catalog.generate_series(0, $2 - 1) AS n (lane)"
+	"  WHERE p.srvname <> ALL ($2::pg_catalog.name[])) s"
+	" CROSS JOIN " LANES " AS n (lane)"
 	" CROSS JOIN LATERAL (SELECT pg_catalog.array_agg(r.account) AS accounts, pg_catalog.array_agg(r.entry_id) AS entry_ids,"
 	"   pg_catalog.count(*)::pg_catalog.int4 AS n,"
 	"   pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('idempotency_key', r.lease_id || ':' || r.entry_id,"
@@ -102,12 +108,11 @@ static Statement due_statement = {
 	"    'created_at', pg_catalog.to_char(r.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))) AS events"
 	"  FROM (SELECT q.*, pg_catalog.row_number() OVER (ORDER BY q.attempts, q.entry_id) AS place"
 	"   FROM credit_lease.usage_report q"
-	"   WHERE q.server = s.server AND q.refused_at IS NULL"
-	"    AND (pg_catalog.hashtext(q.account) & 2147483647) % $2 = n.lane"
+	"   WHERE q.server = s.server AND q.lane = n.lane AND q.refused_at IS NULL"
 	"   ORDER BY q.attempts, q.entry_id LIMIT $1) r WHERE r.attempts = 0 OR r.place = 1) b"
-	" WHERE b.n > 0 AND n.lane || ' ' || s.server <> ALL ($4) LIMIT $5",
-	.nargs = 5,
-	.argtypes = {INT4OID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT4OID}
+	" WHERE b.n > 0 AND n.lane || ' ' || s.server <> ALL ($3) LIMIT $4",
+	.nargs = 4,
+	.argtypes = {INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT4OID}
 };
 
 static Statement taken_statement = {
@@ -238,7 +243,6 @@ report_prepare(List *exchanges, int most, TimestampTz *next_due)
 	uint64		n;
 
 	parameter_add(&parameters, Int32GetDatum(BATCH));
-	parameter_add(&parameters, Int32GetDatum(LANES));
 	parameter_add_pointer(&parameters, upstream_state_backing_off(now, next_due));
 	add_busy_lanes(&parameters, exchanges, now, next_due);
 	parameter_add(&parameters, Int32GetDatum(most));

@@ -33,6 +33,7 @@ typedef struct UpstreamSlot
 	NameData	server;
 	int			in_flight;
 	int			failures_in_a_row;
+	TimestampTz failure_counted_at;
 	int64		successes;
 	int64		failures;
 	int64		latency_us;		/* -1 while none was answered */
@@ -144,6 +145,14 @@ upstream_state_succeeded(const char *server, int64 latency_us)
 	LWLockRelease(lock);
 }
 
+static void
+note_error(UpstreamSlot *slot, const char *error)
+{
+	slot->failures++;
+	slot->last_error_at = GetCurrentTimestamp();
+	strlcpy(slot->error, error, sizeof(slot->error));
+}
+
 /* Notes a request that the upstream has refused: it is well, so that others may be sent. */
 void
 upstream_state_refused(const char *server, const char *error, int64 latency_us)
@@ -153,32 +162,42 @@ upstream_state_refused(const char *server, const char *error, int64 latency_us)
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	slot = slot_of(server);
 	slot->in_flight--;
-	slot->failures++;
 	slot->failures_in_a_row = 0;
 	slot->latency_us = latency_us;
-	slot->last_error_at = GetCurrentTimestamp();
-	strlcpy(slot->error, error, sizeof(slot->error));
+	note_error(slot, error);
+	LWLockRelease(lock);
+}
+
+/* Notes what is wrong with a server or with what it has answered. */
+void
+upstream_state_note(const char *server, const char *error)
+{
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	note_error(slot_of(server), error);
 	LWLockRelease(lock);
 }
 
 /*
  * upstream_state_failed
- *		Notes a request that failed, also one that could not even be sent;
- *		returns how many have in a row.
+ *		Notes a request that failed; returns how many have in a row. Those that
+ *		were under way together count as one.
  */
 int
-upstream_state_failed(const char *server, const char *error, bool was_sent)
+upstream_state_failed(const char *server, const char *error, TimestampTz sent_at)
 {
 	UpstreamSlot *slot;
 	int			failures;
 
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	slot = slot_of(server);
-	slot->in_flight -= was_sent;
-	slot->failures++;
-	failures = ++slot->failures_in_a_row;
-	slot->last_error_at = GetCurrentTimestamp();
-	strlcpy(slot->error, error, sizeof(slot->error));
+	slot->in_flight--;
+	if (sent_at >= slot->failure_counted_at)
+	{
+		slot->failures_in_a_row++;
+		slot->failure_counted_at = GetCurrentTimestamp();
+	}
+	failures = slot->failures_in_a_row;
+	note_error(slot, error);
 	LWLockRelease(lock);
 	return failures;
 }

@@ -249,10 +249,11 @@ take_answers(void)
 
 /*
  * Finds what is to be asked and reported, and sends it after that has been
- * committed. Whether there may be more to collect is the result.
+ * committed; looks through all leases and policies only if it is time to, or
+ * if it was woken to. Whether there may be more to collect is the result.
  */
 static bool
-ask(int slot, bool look, TimestampTz *next_due)
+ask(int slot, bool look, bool collect, TimestampTz *next_due)
 {
 	List	   *prepared;
 	ListCell   *cell;
@@ -263,10 +264,12 @@ ask(int slot, bool look, TimestampTz *next_due)
 
 	begin_step("looking what to ask of upstreams");
 	user = become_owner(&security);
-	if (look || woken_for != 0)
-		leasing_look(woken_for & WAKE_FOR_POLICIES);
+	if (look || (woken_for & WAKE_FOR_POLICIES))
+		leasing_clean(woken_for & WAKE_FOR_POLICIES);
+	if (look || (woken_for & WAKE_FOR_LEASES))
+		leasing_look();
 	leasing_meet_demand(exchanges);
-	if (look)
+	if (collect)
 		more = report_collect();
 	SetUserIdAndSecContext(user, security);
 	end_step();
@@ -286,7 +289,7 @@ ask(int slot, bool look, TimestampTz *next_due)
 	{
 		Exchange   *exchange = lfirst(cell);
 
-		if (!exchange->sent)
+		if (exchange->sent_at == 0)
 			exchange_send(exchange, connect_timeout, request_timeout);
 	}
 	return more;
@@ -358,6 +361,7 @@ worker_main(Datum arg)
 	volatile int failures = 0;
 	volatile TimestampTz next_sweep = 0;
 	volatile TimestampTz next_look = 0;
+	volatile bool collect = false;
 	MemoryContext loop;
 	sigjmp_buf	failed;
 
@@ -367,6 +371,7 @@ worker_main(Datum arg)
 	wait_event = WaitEventExtensionNew("CreditLeaseWorker");
 	BackgroundWorkerInitializeConnection(worker_state_database(slot), role[0] ? role : NULL, 0);
 	SetConfigOption("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_OVERRIDE);
+	SetConfigOption("jit", "off", PGC_USERSET, PGC_S_OVERRIDE);
 	SetConfigOption("lock_timeout", LOCK_TIMEOUT, PGC_USERSET, PGC_S_OVERRIDE);
 	http_begin();
 	upstream_state_clear();
@@ -409,10 +414,12 @@ worker_main(Datum arg)
 		}
 		take_answers();
 		next_due = next_sweep;
-		if (ask(slot, now >= next_look, &next_due))
-			next_due = now;
-		else if (now >= next_look)
+		collect = collect || now >= next_look;
+		collect = ask(slot, now >= next_look, collect, &next_due);
+		if (now >= next_look)
 			next_look = TimestampTzPlusMilliseconds(now, sweep_interval);
+		if (collect)
+			next_due = now;
 		failures = 0;
 
 		next_due = Min(next_due, next_look);
