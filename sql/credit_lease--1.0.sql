@@ -287,17 +287,15 @@ CREATE TABLE credit_lease.usage_report (
 	quantity numeric NOT NULL CHECK (quantity > 0),
 	created_at timestamptz NOT NULL,
 	lane integer NOT NULL,
-	attempts integer NOT NULL DEFAULT 0,
 	refused_at timestamptz,
 	error text,
 	PRIMARY KEY (account, entry_id)
 );
-CREATE INDEX usage_report_due ON credit_lease.usage_report (server, lane, attempts, entry_id) WHERE refused_at IS NULL;
+CREATE INDEX usage_report_due ON credit_lease.usage_report (server, lane, entry_id) WHERE refused_at IS NULL;
 CREATE INDEX usage_report_tranche ON credit_lease.usage_report (account, credit, tranche_id) WHERE refused_at IS NULL;
 COMMENT ON TABLE credit_lease.usage_report IS 'usage that is to be reported to an upstream; a row leaves when the upstream has taken it, and stays when it has refused it for good';
-COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; lease_id and this are the key by which the upstream counts it once';
-COMMENT ON COLUMN credit_lease.usage_report.lane IS 'one request of each lane is under way to a server at a time';
-COMMENT ON COLUMN credit_lease.usage_report.attempts IS 'how often it was in a request that was refused; from the first on it is sent alone';
+COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; lease_id, this and created_at are the key by which the upstream counts it once';
+COMMENT ON COLUMN credit_lease.usage_report.lane IS 'one request of each lane is under way to a server at a time; from 4 on it is sent alone, as it was in one that was refused';
 COMMENT ON COLUMN credit_lease.usage_report.refused_at IS 'when it was refused for good';
 COMMENT ON INDEX credit_lease.usage_report_due IS 'the worker: what to report next';
 COMMENT ON INDEX credit_lease.usage_report_tranche IS 'whether all usage of a lease has been reported, before it is released';
@@ -439,10 +437,15 @@ SELECT s.srvname AS server, coalesce(u.in_flight, 0) AS in_flight,
 	   (SELECT count(*) FROM credit_lease.upstream_request r WHERE r.server = s.srvname) AS requests,
 	   (SELECT count(*) FROM credit_lease.usage_report r WHERE r.server = s.srvname AND r.refused_at IS NULL) AS reports,
 	   (SELECT count(*) FROM credit_lease.usage_report r WHERE r.server = s.srvname AND r.refused_at IS NOT NULL) AS refused_reports
-  FROM pg_catalog.pg_foreign_server s
-  JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'credit_lease'
+  FROM (SELECT f.srvname::text COLLATE "C" AS srvname
+		  FROM pg_catalog.pg_foreign_server f
+		  JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = f.srvfdw AND w.fdwname = 'credit_lease'
+		UNION
+		SELECT q.server FROM credit_lease.upstream_request q
+		UNION
+		SELECT r.server FROM credit_lease.usage_report r) s
   LEFT JOIN credit_lease.lease_upstreams() u ON u.server = s.srvname;
-COMMENT ON VIEW credit_lease.upstream_status IS 'every upstream, and how the worker of this database gets on with it';
+COMMENT ON VIEW credit_lease.upstream_status IS 'every upstream, and how the worker of this database gets on with it; also those that are gone and were to be told something';
 COMMENT ON COLUMN credit_lease.upstream_status.in_flight IS 'requests that wait for their reply';
 COMMENT ON COLUMN credit_lease.upstream_status.latency IS 'from request to reply, of the last that was answered';
 COMMENT ON COLUMN credit_lease.upstream_status.back_off_until IS 'nothing is sent to it before';

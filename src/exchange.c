@@ -30,8 +30,10 @@
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
+#include "utils/guc.h"
 #include "utils/json.h"
 #include "utils/memutils.h"
+#include "utils/timeout.h"
 #include "utils/timestamp.h"
 #include "utils/uuid.h"
 
@@ -45,6 +47,9 @@
 
 /* Replies are waited for so long at most, whatever an upstream asks for. */
 #define LONGEST_RETRY_AFTER_MS	(3600 * 1000)
+
+/* A function of a dialect must not take longer: everything else waits for it. */
+#define DIALECT_TIMEOUT_MS	1000
 
 /* How long nothing is sent to an upstream that does not accept the key. */
 #define PAUSE_MS	60000
@@ -74,30 +79,44 @@ bad_dialect(const char *why)
 
 /* Calls a function of the dialect as the server's owner, and returns its jsonb. */
 static Jsonb *
-call_dialect(const Upstream *upstream, Oid function, int nargs, Datum *args, bool *null)
+call_dialect(const Upstream *upstream, Oid function, int nargs, Datum *args)
 {
 	LOCAL_FCINFO(fcinfo, 4);
 	FmgrInfo	flinfo;
-	Datum		result;
+	volatile Datum result = 0;
 	Oid			user;
 	int			security;
+	int			nest_level;
 
 	if (object_aclcheck(ProcedureRelationId, function, upstream->owner, ACL_EXECUTE) != ACLCHECK_OK)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("the owner of the server may not execute the functions of its dialect")));
 
-	GetUserIdAndSecContext(&user, &security);
-	SetUserIdAndSecContext(upstream->owner,
-						   security | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION);
 	fmgr_info(function, &flinfo);
 	InitFunctionCallInfoData(*fcinfo, &flinfo, nargs, InvalidOid, NULL, NULL);
 	for (int i = 0; i < nargs; i++)
 	{
 		fcinfo->args[i].value = args[i];
-		fcinfo->args[i].isnull = null[i];
+		fcinfo->args[i].isnull = false;
 	}
-	result = FunctionCallInvoke(fcinfo);
+
+	/* settings are undone with its rights: the next statement is the worker's own */
+	GetUserIdAndSecContext(&user, &security);
+	SetUserIdAndSecContext(upstream->owner,
+						   security | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION);
+	nest_level = NewGUCNestLevel();
+	PG_TRY();
+	{
+		enable_timeout_after(STATEMENT_TIMEOUT, DIALECT_TIMEOUT_MS);
+		result = FunctionCallInvoke(fcinfo);
+	}
+	PG_FINALLY();
+	{
+		disable_timeout(STATEMENT_TIMEOUT, false);
+	}
+	PG_END_TRY();
+	AtEOXact_GUC(false, nest_level);
 	SetUserIdAndSecContext(user, security);
 
 	if (fcinfo->isnull || !JB_ROOT_IS_OBJECT(DatumGetJsonbP(result)))
@@ -196,7 +215,6 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request)
 		Upstream   *upstream = exchange->upstream = upstream_load(server);
 		Parameters	parameters = {0};
 		Datum		args[2];
-		bool		null[2] = {false};
 		bool		isnull;
 		Jsonb	   *made;
 		JsonbValue *url;
@@ -213,7 +231,7 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request)
 
 		args[0] = CStringGetTextDatum(operation);
 		args[1] = JsonbPGetDatum(exchange->request);
-		made = call_dialect(upstream, upstream->request_function, 2, args, null);
+		made = call_dialect(upstream, upstream->request_function, 2, args);
 
 		url = member(made, "url");
 		if (url == NULL || url->type != jbvString)
@@ -228,6 +246,7 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request)
 		escape_json(&key, upstream->key);
 		exchange->body = replace(JsonbToCString(NULL, body->val.binary.data, 0),
 								 psprintf("\"%s\"", placeholder), key.data);
+		exchange->body = pg_server_to_any(exchange->body, strlen(exchange->body), PG_UTF8);
 	}
 	PG_CATCH();
 	{
@@ -316,14 +335,14 @@ instant_of(const JsonbValue *value, const char *name)
  * clusters, or two accounts, that have one slot between them would both spend
  * it: a lease is the one that was asked for only if it ends at the instant
  * that was, which nobody else has. Upstreams may keep no more than
- * milliseconds, or seconds.
+ * milliseconds.
  */
 static bool
 is_as_asked(TimestampTz expires_at, Jsonb *request)
 {
 	TimestampTz asked = instant_of(required(request, "expires_at", jbvString, "string"), "expires_at");
 
-	return expires_at / 1000 == asked / 1000 || expires_at == asked - asked % USECS_PER_SEC;
+	return expires_at == asked || expires_at == asked - asked % 1000;
 }
 
 /* Reads and checks the terms of a lease. */
@@ -334,10 +353,11 @@ read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
 	JsonbValue *expires_at = required(outcome, "expires_at", jbvString, "string");
 
 	terms->lease_id = string_of(required(outcome, "lease_id", jbvString, "string"));
-	if (terms->lease_id[0] == '\0' || strlen(terms->lease_id) > ARGUMENT_MAX_TEXT)
+	if (terms->lease_id[0] == '\0' || strlen(terms->lease_id) > ARGUMENT_MAX_TEXT ||
+		strstr(terms->lease_id, exchange->upstream->key))
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_REPLY_HANDLE),
-				 errmsg("lease_id in the reply is empty or too long")));
+				 errmsg("lease_id in the reply is empty, too long, or has the API key in it")));
 	if (exchange->lease_id)
 		require_same(outcome, exchange->request, "lease_id");
 	require_same(outcome, exchange->request, "company_id");
@@ -363,6 +383,19 @@ read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
 				 errmsg("the lease in the reply is released")));
 }
 
+static bool
+is_success(const HttpReply *reply)
+{
+	return reply->status >= 200 && reply->status <= 299;
+}
+
+/* Whether what the reply says is needed: of a report or a release, that it was taken is enough. */
+static bool
+is_about_terms(const Exchange *exchange)
+{
+	return strcmp(exchange->operation, "acquire") == 0 || strcmp(exchange->operation, "extend") == 0;
+}
+
 /* Has the dialect read the reply, and takes over what it says. */
 static void
 read_reply(void *arg)
@@ -370,26 +403,55 @@ read_reply(void *arg)
 	Exchange   *exchange = arg;
 	MemoryContext old = MemoryContextSwitchTo(exchange->context);
 	Datum		args[4];
-	bool		null[4] = {false};
 	Jsonb	   *outcome;
 	JsonbValue *error;
-	bool		answered = exchange->reply.status >= 200 && exchange->reply.status <= 299;
+	const HttpReply *reply = &exchange->reply;
+	char	   *body = reply->length > 0 ? reply->body : "null";
 
 	args[0] = CStringGetTextDatum(exchange->operation);
 	args[1] = JsonbPGetDatum(exchange->request);
 	args[2] = Int32GetDatum(exchange->reply.status);
-	args[3] = DirectFunctionCall1(jsonb_in, CStringGetDatum(exchange->reply.body));
-	outcome = call_dialect(exchange->upstream, exchange->upstream->outcome_function, 4, args, null);
+	if (reply->length != strlen(reply->body))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("the reply has a zero byte in it")));
+	args[3] = DirectFunctionCall1(jsonb_in,
+								  CStringGetDatum(pg_any_to_server(body, strlen(body), PG_UTF8)));
+	outcome = call_dialect(exchange->upstream, exchange->upstream->outcome_function, 4, args);
 
 	error = member(outcome, "error");
 	if (error && error->type == jbvString)
 		exchange->error = psprintf("status %d: %s", exchange->reply.status, string_of(error));
 	else if (error)
 		bad_dialect("error is no string");
-	if (answered && !error &&
-		(strcmp(exchange->operation, "acquire") == 0 || strcmp(exchange->operation, "extend") == 0))
+	if (is_success(reply) && !error && is_about_terms(exchange))
 		read_terms(exchange, outcome, &exchange->terms);
 	MemoryContextSwitchTo(old);
+}
+
+/*
+ * Whether the same would be refused again. Of a report only what says so of
+ * its contents: nobody would send again what a proxy has refused.
+ */
+static bool
+is_refusal(const Exchange *exchange)
+{
+	switch (exchange->reply.status)
+	{
+		case 400:
+		case 413:
+		case 422:
+			return true;
+		case 401:
+		case 403:
+		case 408:
+		case 425:
+		case 429:
+			return false;
+		default:
+			return exchange->nreports == 0 &&
+				exchange->reply.status >= 400 && exchange->reply.status <= 499;
+	}
 }
 
 /* Decides what a reply means, and how long to leave the upstream alone. */
@@ -397,38 +459,36 @@ static void
 judge(Exchange *exchange)
 {
 	const HttpReply *reply = &exchange->reply;
-	bool		answered = reply->status >= 200 && reply->status <= 299;
 	bool		no_access = reply->status == 401 || reply->status == 403;
-	bool		refused = reply->status >= 400 && reply->status <= 499 && !no_access &&
-		reply->status != 408 && reply->status != 425 && reply->status != 429;
+	bool		reports = exchange->nreports > 0;
 	TimestampTz now = GetCurrentTimestamp();
 	char	   *error;
 	int			failures;
 
 	if (reply->status == 0)
 		exchange->error = reply->error;
-	else if (!guard(read_reply, exchange, &error) && answered)
+	else if (!guard(read_reply, exchange, &error) && is_success(reply) && is_about_terms(exchange))
 		exchange->error = error;
-	else if (!answered && exchange->error == NULL)
+	else if (!is_success(reply) && exchange->error == NULL)
 		exchange->error = psprintf("status %d", reply->status);
 
 	if (exchange->error == NULL)
 	{
 		exchange->result = EXCHANGE_DONE;
-		upstream_state_succeeded(exchange->server, reply->latency_us);
+		upstream_state_succeeded(exchange->server, reports, reply->latency_us);
 		return;
 	}
 
-	exchange->result = refused ? EXCHANGE_REFUSED : EXCHANGE_FAILED;
 	exchange->error = replace(exchange->error, exchange->upstream->key, "(the API key)");
 	exchange->error[pg_mbcliplen(exchange->error, strlen(exchange->error), 255)] = '\0';
-	if (refused)
+	exchange->result = is_refusal(exchange) ? EXCHANGE_REFUSED : EXCHANGE_FAILED;
+	if (exchange->result == EXCHANGE_REFUSED)
 	{
-		upstream_state_refused(exchange->server, exchange->error, reply->latency_us);
+		upstream_state_refused(exchange->server, reports, exchange->error, reply->latency_us);
 		return;
 	}
 
-	failures = upstream_state_failed(exchange->server, exchange->error, exchange->sent_at);
+	failures = upstream_state_failed(exchange->server, reports, exchange->error, exchange->sent_at);
 	if (reply->retry_after_ms >= 0)
 		exchange->try_after = TimestampTzPlusMilliseconds(now, Min(reply->retry_after_ms, LONGEST_RETRY_AFTER_MS));
 	else if (no_access)
@@ -438,7 +498,7 @@ judge(Exchange *exchange)
 																		   failures - FAILURES_IN_A_ROW,
 																		   LONGEST_BACK_OFF_MS));
 	if (exchange->try_after != 0)
-		upstream_state_back_off(exchange->server, exchange->try_after);
+		upstream_state_back_off(exchange->server, reports, exchange->try_after);
 	if (no_access)
 		ereport(WARNING,
 				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
@@ -492,7 +552,8 @@ void
 exchange_impossible(const char *server, const char *error)
 {
 	upstream_state_note(server, error);
-	upstream_state_back_off(server, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LONGEST_BACK_OFF_MS));
+	for (int reports = 0; reports <= 1; reports++)
+		upstream_state_back_off(server, reports, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LONGEST_BACK_OFF_MS));
 	ereport(WARNING,
 			(errcode(ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION),
 			 errmsg("upstream \"%s\" cannot be asked: %s", server, error)));

@@ -45,12 +45,10 @@
 #define SHORT_WAIT_MS	1000
 
 /*
- * An expiry is asked for to the millisecond, and differs by some from all
- * others: by it a lease is known to be ours, see exchange.c.
+ * The expiry that is asked for differs by some from all others: by it a lease
+ * is known to be ours, see exchange.c.
  */
-#define ASKED_EXPIRY \
-	"pg_catalog.date_trunc('milliseconds', $1 + p.lease_duration" \
-	" - (pg_catalog.random() * 0.02) * p.lease_duration)"
+#define ASKED_EXPIRY "$1 + p.lease_duration - (pg_catalog.random() * 0.1) * p.lease_duration"
 
 #define REQUEST_COLUMNS \
 	"credit_lease.upstream_request AS r (account, credit, kind, lease_id, server, company_id, credit_type_id," \
@@ -104,9 +102,9 @@ static Statement unwanted_statement = {
 	.sql = "SELECT t.account, t.credit, t.lease_id"
 	" FROM credit_lease.tranche t, credit_lease.lease_policy(t.account, t.credit) p"
 	" WHERE t.kind = 'upstream' AND t.released_at IS NULL AND t.expires_at > $1 AND t.refill_below IS NOT NULL"
-	" AND p.server IS DISTINCT FROM t.server",
-	.nargs = 1,
-	.argtypes = {TIMESTAMPTZOID}
+	" AND p.server IS DISTINCT FROM t.server LIMIT $2",
+	.nargs = 2,
+	.argtypes = {TIMESTAMPTZOID, INT4OID}
 };
 
 static Statement release_statement = {
@@ -115,7 +113,11 @@ static Statement release_statement = {
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID}
 };
 
-/* Who has to be asked for a pool, what it has, and what is being asked already */
+/*
+ * Who has to be asked for a pool, what it has, and what is being asked
+ * already. As long as a lease of the pool is to be released, the upstream
+ * would hand that one back.
+ */
 static Statement pool_statement = {
 	.sql = "SELECT p.server, s.available, t.lease_id, r.next_try_at, r.refused, r.error"
 	" FROM credit_lease.lease_policy($1, $2) p"
@@ -125,7 +127,9 @@ static Statement pool_statement = {
 	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.kind = 'upstream'"
 	"  AND t.server = p.server AND t.released_at IS NULL AND t.expires_at > $3"
 	" LEFT JOIN credit_lease.upstream_request r ON r.account = $1 AND r.credit = $2 AND r.server = p.server"
-	"  AND ((t.lease_id IS NULL AND r.kind = 'acquire') OR (r.kind = 'extend' AND r.lease_id = t.lease_id))",
+	"  AND (CASE WHEN t.lease_id IS NULL THEN r.kind IN ('acquire', 'release')"
+	"   ELSE r.kind = 'extend' AND r.lease_id = t.lease_id END)"
+	" ORDER BY r.kind DESC LIMIT 1",
 	.nargs = 3,
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
 };
@@ -140,15 +144,17 @@ static Statement ask_statement = {
 };
 
 /*
- * What is to be sent now. A lease is given back upstream when all of its usage
+ * What is to be sent now, no more to one server than its share, so that one
+ * that hangs does not keep others waiting. A lease is given back upstream when all of its usage
  * has been reported and nothing of it is held.
  */
 static Statement due_statement = {
-	.sql = "SELECT r.account, r.credit, r.kind, r.lease_id, r.server,"
+	.sql = "SELECT d.* FROM (SELECT r.account, r.credit, r.kind, r.lease_id, r.server,"
 	" pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object('account', r.account, 'credit', r.credit,"
 	"  'idempotency_key', r.idempotency_key, 'lease_id', r.lease_id,"
 	"  'company_id', r.company_id, 'credit_type_id', r.credit_type_id, 'amount', pg_catalog.trim_scale(r.amount),"
-	"  'expires_at', pg_catalog.to_char(r.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')))"
+	"  'expires_at', pg_catalog.to_char(r.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))) AS request,"
+	" r.next_try_at, pg_catalog.row_number() OVER (PARTITION BY r.server ORDER BY r.next_try_at) AS place"
 	" FROM credit_lease.upstream_request r"
 	" WHERE r.next_try_at <= $1 AND NOT r.refused"
 	" AND r.server <> ALL ($6)"
@@ -159,9 +165,10 @@ static Statement due_statement = {
 	"  WHERE t.account = r.account AND t.credit = r.credit AND t.kind = 'upstream' AND t.lease_id = r.lease_id"
 	"  AND (t.reserved > 0 OR t.consumed <> u.consumed OR EXISTS (SELECT FROM credit_lease.usage_report q"
 	"   WHERE q.account = t.account AND q.credit = t.credit AND q.tranche_id = t.tranche_id AND q.refused_at IS NULL))))"
-	" ORDER BY r.next_try_at LIMIT $2",
-	.nargs = 6,
-	.argtypes = {TIMESTAMPTZOID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID}
+	" ) d WHERE d.place + (SELECT pg_catalog.count(*) FROM unnest($7) AS f (server) WHERE f.server = d.server) <= $8"
+	" ORDER BY d.next_try_at LIMIT $2",
+	.nargs = 8,
+	.argtypes = {TIMESTAMPTZOID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT4OID}
 };
 
 static Statement next_due_statement = {
@@ -178,6 +185,17 @@ static Statement postpone_statement = {
 	" WHERE r.account = $1 AND r.credit = $2 AND r.kind = $3 AND r.lease_id IS NOT DISTINCT FROM $4",
 	.nargs = 9,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, INT4OID, INT4OID, BOOLOID, TEXTOID}
+};
+
+/* More than a lease's usual size was refused: others need less. */
+static Statement ask_less_statement = {
+	.sql = "UPDATE credit_lease.upstream_request r"
+	" SET amount = p.lease_size, idempotency_key = pg_catalog.gen_random_uuid(), error = $5"
+	" FROM credit_lease.lease_policy($1, $2) p"
+	" WHERE r.account = $1 AND r.credit = $2 AND r.kind = $3 AND r.lease_id IS NOT DISTINCT FROM $4"
+	" AND r.amount > p.lease_size",
+	.nargs = 5,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}
 };
 
 static Statement remove_statement = {
@@ -237,6 +255,14 @@ static Statement company_statement = {
 	" SELECT q.account, q.credit, 'release', $3, q.server, q.company_id, q.credit_type_id, $5, $4, $4" \
 	" FROM credit_lease.upstream_request q WHERE q.account = $1 AND q.credit = $2 AND q.kind = 'acquire'"
 
+/* Who has a lease already: it is not handed to another account, however it came. */
+static Statement owner_statement = {
+	.sql = "SELECT FROM credit_lease.tranche t WHERE t.kind = 'upstream' AND t.lease_id = $1 AND t.server = $2"
+	" AND t.released_at IS NULL AND t.expires_at > $3 AND (t.account <> $4 OR t.credit <> $5)",
+	.nargs = 5,
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
+};
+
 /* An acquire that lost the race: another lease fills the slot. */
 static Statement give_up_statement = {
 	.sql = RELEASE_ACQUIRED
@@ -280,18 +306,20 @@ release(void *lease)
 	statement_execute(&release_statement, &parameters);
 }
 
-/* Returns whether all are released; those of a locked account are not. */
+/* Returns whether all are released; those of a locked account, and those above a number, are not. */
 static bool
 release_unwanted(TimestampTz now)
 {
 	Parameters	parameters = {0};
 	SPITupleTable *rows;
 	uint64		n;
-	bool		all = true;
+	bool		all;
 
 	parameter_add(&parameters, TimestampTzGetDatum(now));
+	parameter_add(&parameters, Int32GetDatum(LOOK_ROWS));
 	n = statement_execute(&unwanted_statement, &parameters);
 	rows = SPI_tuptable;
+	all = n < LOOK_ROWS;
 	for (uint64 i = 0; i < n; i++)
 	{
 		Datum		lease[3];
@@ -453,15 +481,15 @@ leasing_meet_demand(List *exchanges)
 	}
 }
 
-/* The pools and kinds that are under way, as three arrays of text. */
+/* Adds what is under way: the pools and kinds, the servers that back off, the servers. */
 static void
-add_under_way(Parameters *parameters, List *exchanges)
+add_under_way(Parameters *parameters, List *exchanges, ArrayType *backing_off)
 {
 	int			n = 0;
-	Datum	   *text[3];
+	Datum	   *text[4];
 	ListCell   *cell;
 
-	for (int i = 0; i < 3; i++)
+	for (int i = 0; i < 4; i++)
 		text[i] = palloc(sizeof(Datum) * (list_length(exchanges) + 1));
 	foreach(cell, exchanges)
 	{
@@ -472,11 +500,16 @@ add_under_way(Parameters *parameters, List *exchanges)
 		text[0][n] = CStringGetTextDatum(exchange->account);
 		text[1][n] = CStringGetTextDatum(exchange->credit);
 		text[2][n] = CStringGetTextDatum(exchange->operation);
+		text[3][n] = CStringGetTextDatum(exchange->server);
 		n++;
 	}
-	for (int i = 0; i < 3; i++)
+	for (int i = 0; i < 4; i++)
+	{
+		if (i == 3)
+			parameter_add_pointer(parameters, backing_off);
 		parameter_add_pointer(parameters,
 							  construct_array(text[i], n, TEXTOID, -1, false, TYPALIGN_INT));
+	}
 }
 
 /* Notes that a request was not of use, and when it may be made again. */
@@ -485,11 +518,16 @@ postpone(const char *account, const char *credit, const char *kind, const char *
 		 TimestampTz after, bool refused, const char *error)
 {
 	Parameters	parameters = {0};
+	Parameters	less = {0};
 
 	add_text(&parameters, account);
 	add_text(&parameters, credit);
 	add_text(&parameters, kind);
 	add_text(&parameters, lease_id);
+	less = parameters;
+	add_text(&less, error);
+	if (refused && statement_execute(&ask_less_statement, &less) > 0)
+		return;
 	parameter_add(&parameters, TimestampTzGetDatum(Max(after, GetCurrentTimestamp())));
 	parameter_add(&parameters, Int32GetDatum(refused ? FIRST_REFUSED_MS : FIRST_RETRY_MS));
 	parameter_add(&parameters, Int32GetDatum(LONGEST_RETRY_MS));
@@ -518,11 +556,12 @@ prepare(void *arg)
 /*
  * leasing_prepare
  *		Returns what is to be sent when the transaction has committed, at most
- *		so many, beside what is under way; *next_due is when there is more to
+ *		so many beside what is under way, and at most a share of all to one
+ *		server; *next_due is when there is more to
  *		do, if it is earlier. A server that cannot be asked is left alone.
  */
 List *
-leasing_prepare(List *exchanges, int most, TimestampTz *next_due)
+leasing_prepare(List *exchanges, int most, int share, TimestampTz *next_due)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	Parameters	parameters = {0};
@@ -534,8 +573,8 @@ leasing_prepare(List *exchanges, int most, TimestampTz *next_due)
 
 	parameter_add(&parameters, TimestampTzGetDatum(now));
 	parameter_add(&parameters, Int32GetDatum(most));
-	add_under_way(&parameters, exchanges);
-	parameter_add_pointer(&parameters, upstream_state_backing_off(now, next_due));
+	add_under_way(&parameters, exchanges, upstream_state_backing_off(false, now, next_due));
+	parameter_add(&parameters, Int32GetDatum(share));
 	n = most > 0 ? statement_execute(&due_statement, &parameters) : 0;
 	rows = SPI_tuptable;
 
@@ -598,6 +637,20 @@ remove_request(const Exchange *exchange)
 	statement_execute(&remove_statement, &parameters);
 }
 
+static bool
+is_of_another_pool(const Exchange *exchange)
+{
+	Parameters	parameters = {0};
+
+	add_text(&parameters, exchange->terms.lease_id);
+	add_text(&parameters, exchange->server);
+	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+	add_text(&parameters, exchange->account);
+	add_text(&parameters, exchange->credit);
+	return statement_execute(&owner_statement, &parameters) > 0;
+}
+
+/* Does not take a lease that is not ours to spend. If it was, it is released upstream. */
 static void
 refuse_other_lease(Exchange *exchange)
 {
@@ -607,7 +660,11 @@ refuse_other_lease(Exchange *exchange)
 	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 	parameter_add(&parameters, TimestampTzGetDatum(exchange->terms.expires_at));
 	if (statement_execute(&give_back_statement, &parameters) > 0)
+	{
+		/* what is asked next has another key, and waits for that */
+		remove_request(exchange);
 		exchange->error = "an earlier lease of the pool is still alive upstream; it is released first";
+	}
 	else
 		exchange->error = "the lease in the reply is not the one that was asked for, as it ends at another time:"
 			" somebody else may lease for the same company, or the upstream does not grant lease_duration";
@@ -626,7 +683,7 @@ take_terms(void *arg)
 	bool		changed;
 	bool		raised;
 
-	if (!terms->as_asked)
+	if (acquired && (!terms->as_asked || is_of_another_pool(exchange)))
 	{
 		refuse_other_lease(exchange);
 		return;
@@ -691,7 +748,7 @@ leasing_take(Exchange *exchange)
 		if (guard(take_terms, exchange, &error))
 		{
 			error = exchange->error;
-			refused = error != NULL && exchange->terms.as_asked;
+			refused = error != NULL && exchange->lease_id;
 		}
 		if (error)
 		{

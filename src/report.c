@@ -38,33 +38,35 @@
 /*
  * How many requests with reports are under way to a server at a time: one in
  * each lane. The reports of an account are all in one, so that they are sent
- * in order.
+ * in order. What was refused in company, and may have been in bad company, is
+ * sent one by one in a lane beside.
  */
-#define LANES	"(VALUES (0), (1), (2), (3))"
+#define LANES	"(VALUES (0), (1), (2), (3), (4), (5), (6), (7))"
 #define LANE_OF(account) "(pg_catalog.hashtext(" account ") & 3)"
+#define LANES_OF_MANY	4
 
 /* A lane that has failed waits so long, at first and at most. */
 #define FIRST_RETRY_MS		100
 #define LONGEST_RETRY_MS	10000
 
 /*
- * Of what was spent up to each entry, so much has to have been reported: the
- * highest that it has ever been above what is owed.
+ * Up to each entry so much has to be reported: the least that is spent there
+ * or after any later entry, above what is owed. So a refund takes off what was
+ * spent before it, as long as that has not been reported.
  */
 static Statement collect_statement = {
-	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, t.server, t.lease_id,"
-	"  coalesce(u.company_id, (credit_lease.lease_policy(u.account, u.credit)).company_id) AS company_id,"
-	"  (credit_lease.lease_policy(u.account, u.credit)).event"
-	"  FROM credit_lease.lease_usage u JOIN credit_lease.tranche t"
-	"   ON t.account = u.account AND t.credit = u.credit AND t.tranche_id = u.tranche_id"
-	"  WHERE NOT u.complete AND t.consumed <> u.consumed LIMIT $1),"
-	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at, pg_catalog.sum(m.consumed) OVER so_far AS total"
+	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, u.server, u.lease_id,"
+	"  coalesce(u.company_id, p.company_id) AS company_id, p.event"
+	"  FROM (SELECT i.*, t.server, t.lease_id FROM credit_lease.lease_usage i JOIN credit_lease.tranche t"
+	"    ON t.account = i.account AND t.credit = i.credit AND t.tranche_id = i.tranche_id"
+	"   WHERE NOT i.complete AND t.consumed <> i.consumed LIMIT $1) u, credit_lease.lease_policy(u.account, u.credit) p),"
+	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at,"
+	"   pg_catalog.sum(m.consumed) OVER (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id) AS total"
 	"  FROM lease l, LATERAL (SELECT v.entry_id AS id, v.consumed, v.created_at FROM credit_lease.movement v"
 	"   WHERE v.account = l.account AND v.entry_id > l.entry_id AND v.tranche_id = l.tranche_id AND v.consumed <> 0"
-	"   ORDER BY v.entry_id LIMIT $2) m"
-	"  WINDOW so_far AS (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id)),"
-	" due AS (SELECT e.*, greatest(pg_catalog.max(e.total - e.owed) OVER so_far, 0) AS reported FROM entry e"
-	"  WINDOW so_far AS (PARTITION BY e.account, e.credit, e.tranche_id ORDER BY e.id)),"
+	"   ORDER BY v.entry_id LIMIT $2) m),"
+	" due AS (SELECT e.*, greatest(pg_catalog.min(e.total - e.owed) OVER (PARTITION BY e.account, e.credit, e.tranche_id"
+	"   ORDER BY e.id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING), 0) AS reported FROM entry e),"
 	" report AS (INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
 	"   company_id, event, quantity, created_at, lane)"
 	"  SELECT d.account, d.id, d.credit, d.tranche_id, d.server, d.lease_id, d.company_id, d.event, d.quantity,"
@@ -90,29 +92,27 @@ static Statement complete_statement = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
-/*
- * The next reports of each lane that is free: those that were refused in
- * company one by one, after the others.
- */
+/* The next reports of each lane that is free. */
 static Statement due_statement = {
 	.sql = "SELECT s.server, n.lane, b.accounts, b.entry_ids, b.n,"
 	" pg_catalog.jsonb_build_object('idempotency_key', pg_catalog.gen_random_uuid(), 'events', b.events)"
 	" FROM (SELECT p.srvname::pg_catalog.text COLLATE \"C\" AS server FROM pg_catalog.pg_foreign_server p"
-	"  WHERE p.srvname <> ALL ($2::pg_catalog.name[])) s"
+	"  WHERE p.srvname <> ALL ($3::pg_catalog.name[])) s"
 	" CROSS JOIN " LANES " AS n (lane)"
 	" CROSS JOIN LATERAL (SELECT pg_catalog.array_agg(r.account) AS accounts, pg_catalog.array_agg(r.entry_id) AS entry_ids,"
 	"   pg_catalog.count(*)::pg_catalog.int4 AS n,"
-	"   pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('idempotency_key', r.lease_id || ':' || r.entry_id,"
+	"   pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object("
+	"    'idempotency_key', r.lease_id || ':' || r.entry_id || ':' || (extract(epoch FROM r.created_at) * 1000000)::pg_catalog.int8,"
 	"    'event', r.event, 'quantity', pg_catalog.trim_scale(r.quantity), 'account', r.account, 'credit', r.credit,"
 	"    'lease_id', r.lease_id, 'company_id', r.company_id,"
-	"    'created_at', pg_catalog.to_char(r.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))) AS events"
-	"  FROM (SELECT q.*, pg_catalog.row_number() OVER (ORDER BY q.attempts, q.entry_id) AS place"
-	"   FROM credit_lease.usage_report q"
+	"    'created_at', pg_catalog.to_char(r.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))"
+	"    ORDER BY r.entry_id) AS events"
+	"  FROM (SELECT q.* FROM credit_lease.usage_report q"
 	"   WHERE q.server = s.server AND q.lane = n.lane AND q.refused_at IS NULL"
-	"   ORDER BY q.attempts, q.entry_id LIMIT $1) r WHERE r.attempts = 0 OR r.place = 1) b"
-	" WHERE b.n > 0 AND n.lane || ' ' || s.server <> ALL ($3) LIMIT $4",
-	.nargs = 4,
-	.argtypes = {INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT4OID}
+	"   ORDER BY q.entry_id LIMIT CASE WHEN n.lane < $2 THEN $1 ELSE 1 END) r) b"
+	" WHERE b.n > 0 AND n.lane || ' ' || s.server <> ALL ($4) LIMIT $5",
+	.nargs = 5,
+	.argtypes = {INT4OID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT4OID}
 };
 
 static Statement taken_statement = {
@@ -122,13 +122,12 @@ static Statement taken_statement = {
 	.argtypes = {TEXTARRAYOID, INT8ARRAYOID}
 };
 
-/* What is refused in company may be in bad company. */
 static Statement refused_statement = {
-	.sql = "UPDATE credit_lease.usage_report r SET attempts = r.attempts + 1, error = $3, refused_at = $4"
+	.sql = "UPDATE credit_lease.usage_report r SET lane = $4, error = $3, refused_at = $5"
 	" FROM unnest($1, $2) AS t (account, entry_id)"
 	" WHERE r.account = t.account AND r.entry_id = t.entry_id",
-	.nargs = 4,
-	.argtypes = {TEXTARRAYOID, INT8ARRAYOID, TEXTOID, TIMESTAMPTZOID}
+	.nargs = 5,
+	.argtypes = {TEXTARRAYOID, INT8ARRAYOID, TEXTOID, INT4OID, TIMESTAMPTZOID}
 };
 
 /* A lane that has failed, while it waits */
@@ -243,7 +242,8 @@ report_prepare(List *exchanges, int most, TimestampTz *next_due)
 	uint64		n;
 
 	parameter_add(&parameters, Int32GetDatum(BATCH));
-	parameter_add_pointer(&parameters, upstream_state_backing_off(now, next_due));
+	parameter_add(&parameters, Int32GetDatum(LANES_OF_MANY));
+	parameter_add_pointer(&parameters, upstream_state_backing_off(true, now, next_due));
 	add_busy_lanes(&parameters, exchanges, now, next_due);
 	parameter_add(&parameters, Int32GetDatum(most));
 	n = most > 0 ? statement_execute(&due_statement, &parameters) : 0;
@@ -321,8 +321,13 @@ report_take(Exchange *exchange)
 	parameter_add_pointer(&parameters, exchange->entry_ids);
 	if (exchange->result == EXCHANGE_REFUSED)
 	{
+		bool		in_company = exchange->nreports > 1;
+
 		parameter_add_pointer(&parameters, cstring_to_text(exchange->error));
-		if (exchange->nreports == 1)
+		parameter_add(&parameters, Int32GetDatum(exchange->lane + (in_company ? LANES_OF_MANY : 0)));
+		if (in_company)
+			parameter_add_null(&parameters);
+		else
 		{
 			parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 			ereport(WARNING,
@@ -331,8 +336,6 @@ report_take(Exchange *exchange)
 							exchange->server, exchange->error),
 					 errhint("See credit_lease.usage_report.")));
 		}
-		else
-			parameter_add_null(&parameters);
 	}
 	statement_execute(exchange->result == EXCHANGE_REFUSED ? &refused_statement : &taken_statement, &parameters);
 }

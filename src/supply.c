@@ -3,11 +3,12 @@
  *		The wait of a call that is short of credit for its upstream, and
  *		lease_prewarm().
  *
- * Nothing is locked while a call waits (rule 12): where pools have upstreams,
- * a call looks whether there is enough in the statement that locks the
- * account, which locks it only if there is. The look may be out of date by the
- * time the account is locked; then the call is refused, as it is in a pool
- * without an upstream.
+ * Nothing is locked while a call waits (rule 12). Whether it has to is known
+ * for sure only when the account is locked, and a lock ends with the
+ * transaction: where a pool has an upstream, and not plenty, the account is
+ * locked in a subtransaction, which is rolled back if there is too little. In
+ * a pool that has plenty no call pays for that: the statement that locks the
+ * account locks it only if there is.
  *
  * No call waits that could not be helped by it: one whose own transaction
  * holds the account, which the worker then cannot supply, or reads a snapshot
@@ -37,12 +38,19 @@
 
 static int	acquire_timeout;
 
+/* Within that the worker has usually seen what a session waits for. */
+#define NOTICE_MS	50
+
+/* How many calls that come at once may take as much without one of them being short */
+#define PLENTY	"64"
+
 #define ALIVE \
 	"t.account = $1 AND t.credit = $2 AND t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > $3)"
 
-static Statement lock_if_covered_statement = {
+static Statement lock_if_plenty_statement = {
 	.sql = "SELECT a.frozen FROM credit_lease.account a WHERE a.account = $1"
-	" AND (SELECT pg_catalog.sum(t.remaining) FROM credit_lease.tranche t WHERE " ALIVE " AND t.open) >= $4"
+	" AND (SELECT pg_catalog.sum(t.remaining) FROM credit_lease.tranche t WHERE " ALIVE " AND t.open)"
+	"  >= $4 * " PLENTY
 	" FOR NO KEY UPDATE OF a",
 	.nargs = 4,
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, NUMERICOID}
@@ -87,9 +95,9 @@ add_pool(Parameters *parameters, text *account, text *credit)
 	parameter_add_pointer(parameters, credit);
 }
 
-/* Locks the account if the pool seems to have an amount, and reads the pool. */
+/* Locks the account if the pool seems to have many times an amount, and reads the pool. */
 static bool
-lock_if_covered(Pool *pool, Numeric needed)
+lock_if_plenty(Pool *pool, Numeric needed)
 {
 	Parameters	parameters = {0};
 	bool		isnull;
@@ -97,7 +105,7 @@ lock_if_covered(Pool *pool, Numeric needed)
 	add_pool(&parameters, pool->account, pool->credit);
 	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 	parameter_add_pointer(&parameters, needed);
-	if (statement_execute(&lock_if_covered_statement, &parameters) == 0)
+	if (statement_execute(&lock_if_plenty_statement, &parameters) == 0)
 		return false;
 	pool->may_be_frozen = DatumGetBool(statement_value(0, 1, &isnull));
 	pool_read(pool);
@@ -128,8 +136,36 @@ has_upstream(text *account, text *credit)
 }
 
 /*
- * Waits until a pool seems to have an amount, and returns whether the account
- * is locked then. If it is not, pool->unsupplied is why, where an upstream
+ * Locks the account and returns whether the pool has an amount; if it has not,
+ * the account is not locked any more, and the pool is as it was.
+ */
+static bool
+lock_if_enough(Pool *pool, Numeric needed)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	Pool		before = *pool;
+	bool		enough;
+
+	/* an error needs no catching: it ends the transaction that this is in */
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	reclaim_lock(pool, ACCOUNT_LOCK);
+	enough = reclaim_cover(pool, needed);
+	if (enough)
+		ReleaseCurrentSubTransaction();
+	else
+		RollbackAndReleaseCurrentSubTransaction();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	if (!enough)
+		*pool = before;
+	return enough;
+}
+
+/*
+ * Waits until the pool has an amount, and returns whether it has, and the
+ * account is locked. If it has not, pool->unsupplied is why, where an upstream
  * could not be asked in time.
  */
 static bool
@@ -140,17 +176,16 @@ wait_for_supply(Pool *pool, Numeric needed)
 	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), acquire_timeout);
 	char		error[DEMAND_MAX_ERROR];
 
-	for (;;)
+	while (!lock_if_enough(pool, needed))
 	{
 		DemandAnswer answer = demand_wait(account, credit, needed, until, error);
 
-		if (answer == DEMAND_SUPPLIED && lock_if_covered(pool, needed))
-			return true;
 		if (answer == DEMAND_PENDING || answer == DEMAND_UNREACHABLE)
 			pool->unsupplied = pstrdup(error[0] ? error : "there was no answer in time");
 		if (answer != DEMAND_SUPPLIED || GetCurrentTimestamp() >= until)
 			return false;
 	}
+	return true;
 }
 
 /*
@@ -165,12 +200,13 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 {
 	FirstCall	first;
 
-	if (!policy_has_server() || IsolationUsesXactSnapshot())
+	/* in that order: an old snapshot is nothing to remember policies by */
+	if (IsolationUsesXactSnapshot() || !policy_has_server())
 	{
 		reclaim_lock(pool, ACCOUNT_LOCK);
 		return;
 	}
-	if (lock_if_covered(pool, needed))
+	if (lock_if_plenty(pool, needed))
 		return;
 	if (acquire_timeout > 0 && has_upstream(pool->account, pool->credit) &&
 		!is_held_by_us(pool->account) && !request_find_first(request, false, &first) &&
@@ -180,6 +216,20 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 }
 
 static const char *const answer_word[] = {"pending", "live", "no upstream", "refused", "unreachable"};
+
+/* Waits for a live lease of a pool. */
+static DemandAnswer
+prewarm(text *account, text *credit, TimestampTz until)
+{
+	DemandAnswer answer = DEMAND_NO_UPSTREAM;
+	char		error[DEMAND_MAX_ERROR];
+
+	statement_begin();
+	if (has_upstream(account, credit))
+		answer = demand_wait(text_to_cstring(account), text_to_cstring(credit), amount_zero(), until, error);
+	SPI_finish();
+	return answer;
+}
 
 /*
  * lease_prewarm(account, credits, wait) -> setof credit, lease_id, available, status
@@ -195,6 +245,7 @@ lease_prewarm(PG_FUNCTION_ARGS)
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
 	text	   *account = argument_text(fcinfo, 0, "account");
 	TimestampTz until;
+	TimestampTz soon;
 	Datum	   *credit;
 	bool	   *null;
 	int			ncredits;
@@ -217,23 +268,28 @@ lease_prewarm(PG_FUNCTION_ARGS)
 	else
 		until = instant_add(GetCurrentTimestamp(), argument_optional_ttl(fcinfo, 2, "wait", clock_now()));
 
+	/* first let the worker know of all, so that they are asked for at once */
+	soon = Min(until, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), NOTICE_MS));
+	for (int i = 0; i < ncredits; i++)
+		prewarm(account, DatumGetTextPP(credit[i]), soon);
+
+	statement_begin();
+	if (IsolationUsesXactSnapshot() || is_held_by_us(account))
+		until = soon;
+	SPI_finish();
 	InitMaterializedSRF(fcinfo, 0);
 	for (int i = 0; i < ncredits; i++)
 	{
 		text	   *name = DatumGetTextPP(credit[i]);
-		DemandAnswer answer = DEMAND_NO_UPSTREAM;
+		DemandAnswer answer = prewarm(account, name, until);
 		Parameters	parameters = {0};
-		char		error[DEMAND_MAX_ERROR];
 		Datum		values[4];
 		bool		nulls[4] = {false};
 
 		statement_begin();
-		if (has_upstream(account, name))
-			answer = demand_wait(text_to_cstring(account), text_to_cstring(name), amount_zero(), until, error);
 		add_pool(&parameters, account, name);
 		parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 		statement_execute(&lease_statement, &parameters);
-
 		values[0] = PointerGetDatum(name);
 		values[1] = statement_value(0, 1, &nulls[1]);
 		values[2] = statement_value(0, 2, &nulls[2]);

@@ -32,12 +32,13 @@ typedef struct UpstreamSlot
 	Oid			database;		/* InvalidOid for a free slot */
 	NameData	server;
 	int			in_flight;
-	int			failures_in_a_row;
-	TimestampTz failure_counted_at;
 	int64		successes;
 	int64		failures;
 	int64		latency_us;		/* -1 while none was answered */
-	TimestampTz back_off_until;
+	/* of leases and of reports, which may go to different machines */
+	int			failures_in_a_row[2];
+	TimestampTz failure_counted_at[2];
+	TimestampTz back_off_until[2];
 	TimestampTz last_success_at;	/* 0 for never */
 	TimestampTz last_error_at;	/* 0 for never */
 	char		error[256];
@@ -131,7 +132,7 @@ upstream_state_sent(const char *server)
 
 /* Notes a reply that was of use. */
 void
-upstream_state_succeeded(const char *server, int64 latency_us)
+upstream_state_succeeded(const char *server, bool reports, int64 latency_us)
 {
 	UpstreamSlot *slot;
 
@@ -139,7 +140,7 @@ upstream_state_succeeded(const char *server, int64 latency_us)
 	slot = slot_of(server);
 	slot->in_flight--;
 	slot->successes++;
-	slot->failures_in_a_row = 0;
+	slot->failures_in_a_row[reports] = 0;
 	slot->latency_us = latency_us;
 	slot->last_success_at = GetCurrentTimestamp();
 	LWLockRelease(lock);
@@ -155,14 +156,14 @@ note_error(UpstreamSlot *slot, const char *error)
 
 /* Notes a request that the upstream has refused: it is well, so that others may be sent. */
 void
-upstream_state_refused(const char *server, const char *error, int64 latency_us)
+upstream_state_refused(const char *server, bool reports, const char *error, int64 latency_us)
 {
 	UpstreamSlot *slot;
 
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	slot = slot_of(server);
 	slot->in_flight--;
-	slot->failures_in_a_row = 0;
+	slot->failures_in_a_row[reports] = 0;
 	slot->latency_us = latency_us;
 	note_error(slot, error);
 	LWLockRelease(lock);
@@ -183,7 +184,7 @@ upstream_state_note(const char *server, const char *error)
  *		were under way together count as one.
  */
 int
-upstream_state_failed(const char *server, const char *error, TimestampTz sent_at)
+upstream_state_failed(const char *server, bool reports, const char *error, TimestampTz sent_at)
 {
 	UpstreamSlot *slot;
 	int			failures;
@@ -191,26 +192,26 @@ upstream_state_failed(const char *server, const char *error, TimestampTz sent_at
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	slot = slot_of(server);
 	slot->in_flight--;
-	if (sent_at >= slot->failure_counted_at)
+	if (sent_at >= slot->failure_counted_at[reports])
 	{
-		slot->failures_in_a_row++;
-		slot->failure_counted_at = GetCurrentTimestamp();
+		slot->failures_in_a_row[reports]++;
+		slot->failure_counted_at[reports] = GetCurrentTimestamp();
 	}
-	failures = slot->failures_in_a_row;
+	failures = slot->failures_in_a_row[reports];
 	note_error(slot, error);
 	LWLockRelease(lock);
 	return failures;
 }
 
-/* Lets nothing be sent to a server before an instant. */
+/* Lets no leases, or no reports, be sent to a server before an instant. */
 void
-upstream_state_back_off(const char *server, TimestampTz until)
+upstream_state_back_off(const char *server, bool reports, TimestampTz until)
 {
 	UpstreamSlot *slot;
 
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	slot = slot_of(server);
-	slot->back_off_until = Max(slot->back_off_until, until);
+	slot->back_off_until[reports] = Max(slot->back_off_until[reports], until);
 	LWLockRelease(lock);
 }
 
@@ -222,19 +223,19 @@ upstream_state_try_again(void)
 	for (int i = 0; i < UPSTREAMS; i++)
 	{
 		if (slots[i].database == MyDatabaseId)
-			slots[i].back_off_until = 0;
+			memset(slots[i].back_off_until, 0, sizeof(slots[i].back_off_until));
 	}
 	LWLockRelease(lock);
 }
 
 /*
  * upstream_state_backing_off
- *		Returns the names of the servers to which nothing may be sent, as an
- *		array of text; *first_end is set to when the first of them may be sent
+ *		Returns the names of the servers to which no leases, or no reports, may
+ *		be sent, as an array of text; *first_end is set to when the first of them may be sent
  *		something again, if that is earlier.
  */
 ArrayType *
-upstream_state_backing_off(TimestampTz now, TimestampTz *first_end)
+upstream_state_backing_off(bool reports, TimestampTz now, TimestampTz *first_end)
 {
 	Datum		names[UPSTREAMS];
 	int			n = 0;
@@ -242,15 +243,15 @@ upstream_state_backing_off(TimestampTz now, TimestampTz *first_end)
 	for (int i = 0; i < UPSTREAMS; i++)
 	{
 		/* nobody else writes what is of this database */
-		if (slots[i].database != MyDatabaseId || slots[i].back_off_until <= now)
+		if (slots[i].database != MyDatabaseId || slots[i].back_off_until[reports] <= now)
 			continue;
 		names[n++] = CStringGetTextDatum(NameStr(slots[i].server));
-		*first_end = Min(*first_end, slots[i].back_off_until);
+		*first_end = Min(*first_end, slots[i].back_off_until[reports]);
 	}
 	return construct_array(names, n, TEXTOID, -1, false, TYPALIGN_INT);
 }
 
-/* Returns when something may be sent to a server again, which may be past, and its last error. */
+/* Returns when a server may be asked for leases again, which may be past, and its last error. */
 TimestampTz
 upstream_state_backs_off_until(const char *server, char **error)
 {
@@ -260,7 +261,7 @@ upstream_state_backs_off_until(const char *server, char **error)
 	copy = *slot_of(server);
 	LWLockRelease(lock);
 	*error = pstrdup(copy.error);
-	return copy.back_off_until;
+	return copy.back_off_until[false];
 }
 
 /*
@@ -295,8 +296,8 @@ lease_upstreams(PG_FUNCTION_ARGS)
 		values[3] = Int64GetDatum(copy.failures);
 		values[4] = IntervalPGetDatum(&latency);
 		nulls[4] = copy.latency_us < 0;
-		values[5] = TimestampTzGetDatum(copy.back_off_until);
-		nulls[5] = copy.back_off_until == 0;
+		values[5] = TimestampTzGetDatum(Max(copy.back_off_until[false], copy.back_off_until[true]));
+		nulls[5] = DatumGetTimestampTz(values[5]) == 0;
 		values[6] = TimestampTzGetDatum(copy.last_success_at);
 		nulls[6] = copy.last_success_at == 0;
 		values[7] = TimestampTzGetDatum(copy.last_error_at);

@@ -57,8 +57,24 @@
 #define LOOK_MS			500
 #define LONGEST_WAIT_MS	60000
 
-/* No lock is waited for longer: somebody's transaction must not stop the worker. */
-#define LOCK_TIMEOUT	"100ms"
+/*
+ * What must not depend on the defaults of a database or a role. No lock is
+ * waited for long: somebody's transaction must not stop the worker. What is
+ * told to upstreams must be on disk, whatever the transactions that it is
+ * about have asked for (rule 9).
+ */
+static const char *const own_settings[][2] = {
+	{"search_path", "pg_catalog, pg_temp"},
+	{"synchronous_commit", "on"},
+	{"default_transaction_isolation", "read committed"},
+	{"default_transaction_read_only", "off"},
+	{"statement_timeout", "0"},
+	{"lock_timeout", "100ms"},
+	{"jit", "off"}
+};
+
+/* Leases and reports are looked at as often at least, however seldom it sweeps. */
+#define LONGEST_LOOK_MS	1000
 
 /* An answer for an account that is locked is tried again after that. */
 #define TAKE_AGAIN_MS	10
@@ -133,7 +149,7 @@ worker_define_settings(void)
 							"Sets how many requests to upstreams a worker has under way at a time.",
 							NULL,
 							&max_requests,
-							32, 1, 1000,
+							32, 1, 200,
 							PGC_SIGHUP,
 							0,
 							NULL, NULL, NULL);
@@ -276,7 +292,7 @@ ask(int slot, bool look, bool collect, TimestampTz *next_due)
 
 	begin_step("asking upstreams");
 	user = become_owner(&security);
-	prepared = leasing_prepare(exchanges, max_requests - http_in_flight(), next_due);
+	prepared = leasing_prepare(exchanges, max_requests - http_in_flight(), (max_requests + 1) / 2, next_due);
 	prepared = list_concat(prepared,
 						   report_prepare(exchanges, max_requests - http_in_flight() - list_length(prepared),
 										  next_due));
@@ -324,6 +340,16 @@ pause_for(long milliseconds)
 	upstreams_changed = false;
 }
 
+/* Waits for all of that time, whoever wakes the worker. */
+static void
+pause_through(long milliseconds)
+{
+	TimestampTz end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), milliseconds);
+
+	while ((milliseconds = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), end)) > 0)
+		pause_for(milliseconds);
+}
+
 static void
 note_upstreams_changed(Datum arg, int cache, uint32 hash)
 {
@@ -342,7 +368,7 @@ recover(int slot, MemoryContext context)
 	MemoryContextSwitchTo(context);
 	error = CopyErrorData();
 	worker_state_failed(slot, error->message);
-	AbortCurrentTransaction();
+	AbortOutOfAnyTransaction();
 	FlushErrorState();
 
 	/* what is under way is in the tables, and is asked again */
@@ -370,9 +396,8 @@ worker_main(Datum arg)
 	BackgroundWorkerUnblockSignals();
 	wait_event = WaitEventExtensionNew("CreditLeaseWorker");
 	BackgroundWorkerInitializeConnection(worker_state_database(slot), role[0] ? role : NULL, 0);
-	SetConfigOption("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_OVERRIDE);
-	SetConfigOption("jit", "off", PGC_USERSET, PGC_S_OVERRIDE);
-	SetConfigOption("lock_timeout", LOCK_TIMEOUT, PGC_USERSET, PGC_S_OVERRIDE);
+	for (int i = 0; i < (int) lengthof(own_settings); i++)
+		SetConfigOption(own_settings[i][0], own_settings[i][1], PGC_USERSET, PGC_S_OVERRIDE);
 	http_begin();
 	upstream_state_clear();
 	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, note_upstreams_changed, (Datum) 0);
@@ -396,7 +421,7 @@ worker_main(Datum arg)
 		MemoryContextSwitchTo(loop);
 		MemoryContextReset(loop);
 		if (failures > 0)
-			pause_for(Min(500 << failures, LONGEST_WAIT_MS));
+			pause_through(Min(500 << failures, LONGEST_WAIT_MS));
 		if (!is_installed())
 		{
 			failures = 0;
@@ -417,7 +442,7 @@ worker_main(Datum arg)
 		collect = collect || now >= next_look;
 		collect = ask(slot, now >= next_look, collect, &next_due);
 		if (now >= next_look)
-			next_look = TimestampTzPlusMilliseconds(now, sweep_interval);
+			next_look = TimestampTzPlusMilliseconds(now, Min(sweep_interval, LONGEST_LOOK_MS));
 		if (collect)
 			next_due = now;
 		failures = 0;
