@@ -1,0 +1,1 @@
+SELECT soak.settle(:client_id);
