@@ -6,7 +6,8 @@
  *
  *	money_in.c, consume.c, reservation.c, lease.c, reclaim.c, balance.c, admin.c
  *				the SQL functions; reclaim.c also what calls give back themselves
- *	upstream.c	the billing APIs: what CREATE SERVER may say of them
+ *	supply.c	the wait of a call for its upstream, and lease_prewarm()
+ *	policy.c	whether pools may have an upstream
  *	argument.c	checks of what the caller passed, before anything is locked
  *	request.c	the idempotency key and what it stands for
  *	account.c	the lock of an account
@@ -16,6 +17,12 @@
  *	statement.c	kept SPI plans
  *	worker.c, launcher.c, worker_state.c
  *				the background worker of each database, who starts it, and what it tells
+ *	leasing.c, report.c
+ *				what the worker asks of upstreams and makes of the answers, and what it reports
+ *	exchange.c, http.c, upstream.c, upstream_state.c
+ *				a request and its reply; HTTP; what a server is; how it is getting on
+ *	demand.c, guard.c
+ *				what sessions and their worker tell each other; work that may fail
  *	amount.c, clock.c
  *				exact amounts, and the time
  *

@@ -186,15 +186,62 @@ add_headers(Exchange *exchange, Jsonb *made, const char *placeholder)
 	}
 }
 
+/* Makes the HTTP request of an exchange, in the exchange's memory context. */
+static void
+make_request(void *arg)
+{
+	Exchange   *exchange = arg;
+	MemoryContext old = MemoryContextSwitchTo(exchange->context);
+	char	   *placeholder = DatumGetCString(DirectFunctionCall1(uuid_out,
+																  DirectFunctionCall1(gen_random_uuid, (Datum) 0)));
+	Upstream   *upstream = exchange->upstream = upstream_load(exchange->server);
+	Parameters	parameters = {0};
+	Datum		args[2];
+	bool		isnull;
+	Jsonb	   *made;
+	JsonbValue *url;
+	JsonbValue *body;
+	StringInfoData key;
+
+	parameter_add_pointer(&parameters, exchange->request);
+	parameter_add(&parameters, CStringGetTextDatum(upstream->url));
+	parameter_add_pointer(&parameters, upstream->events_url ? cstring_to_text(upstream->events_url) : NULL);
+	parameter_add(&parameters, CStringGetTextDatum(placeholder));
+	statement_execute(&complete_statement, &parameters);
+	MemoryContextSwitchTo(exchange->context);	/* SPI leaves its own */
+	exchange->request = DatumGetJsonbPCopy(statement_value(0, 1, &isnull));
+
+	args[0] = CStringGetTextDatum(exchange->operation);
+	args[1] = JsonbPGetDatum(exchange->request);
+	made = call_dialect(upstream, upstream->request_function, 2, args);
+
+	url = member(made, "url");
+	if (url == NULL || url->type != jbvString)
+		bad_dialect("url is no string");
+	exchange->url = string_of(url);
+	upstream_require_url(exchange->url);
+	add_headers(exchange, made, placeholder);
+	body = member(made, "body");
+	if (body == NULL || body->type != jbvBinary)
+		bad_dialect("body is neither an object nor an array");
+	initStringInfo(&key);
+	escape_json(&key, upstream->key);
+	exchange->body = replace(JsonbToCString(NULL, body->val.binary.data, 0),
+							 psprintf("\"%s\"", placeholder), key.data);
+	exchange->body = pg_server_to_any(exchange->body, strlen(exchange->body), PG_UTF8);
+	MemoryContextSwitchTo(old);
+}
+
 /*
  * exchange_prepare
- *		Makes the HTTP request for an operation, in a memory context of its
- *		own. Raises what is wrong with the server, its key or its dialect.
+ *		Returns an exchange for an operation, in a memory context of its own,
+ *		which is current then. Returns NULL where the server cannot be asked,
+ *		with *error; it is left alone for a while.
  */
 Exchange *
-exchange_prepare(const char *server, const char *operation, Jsonb *request)
+exchange_prepare(const char *server, const char *operation, Jsonb *request, char **error)
 {
-	MemoryContext old;
+	MemoryContext old = CurrentMemoryContext;
 	MemoryContext context;
 	Exchange   *exchange;
 
@@ -202,62 +249,28 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request)
 		all_exchanges = AllocSetContextCreate(TopMemoryContext, "credit_lease exchanges",
 											  ALLOCSET_DEFAULT_SIZES);
 	context = AllocSetContextCreate(all_exchanges, "credit_lease exchange", ALLOCSET_SMALL_SIZES);
-	old = MemoryContextSwitchTo(context);
+	MemoryContextSwitchTo(context);
 	exchange = palloc0(sizeof(Exchange));
 	exchange->context = context;
 	exchange->server = pstrdup(server);
 	exchange->operation = pstrdup(operation);
-
-	PG_TRY();
-	{
-		char	   *placeholder = DatumGetCString(DirectFunctionCall1(uuid_out,
-																	  DirectFunctionCall1(gen_random_uuid, (Datum) 0)));
-		Upstream   *upstream = exchange->upstream = upstream_load(server);
-		Parameters	parameters = {0};
-		Datum		args[2];
-		bool		isnull;
-		Jsonb	   *made;
-		JsonbValue *url;
-		JsonbValue *body;
-		StringInfoData key;
-
-		parameter_add_pointer(&parameters, request);
-		parameter_add(&parameters, CStringGetTextDatum(upstream->url));
-		parameter_add_pointer(&parameters, upstream->events_url ? cstring_to_text(upstream->events_url) : NULL);
-		parameter_add(&parameters, CStringGetTextDatum(placeholder));
-		statement_execute(&complete_statement, &parameters);
-		MemoryContextSwitchTo(context); /* SPI leaves its own */
-		exchange->request = DatumGetJsonbPCopy(statement_value(0, 1, &isnull));
-
-		args[0] = CStringGetTextDatum(operation);
-		args[1] = JsonbPGetDatum(exchange->request);
-		made = call_dialect(upstream, upstream->request_function, 2, args);
-
-		url = member(made, "url");
-		if (url == NULL || url->type != jbvString)
-			bad_dialect("url is no string");
-		exchange->url = string_of(url);
-		upstream_require_url(exchange->url);
-		add_headers(exchange, made, placeholder);
-		body = member(made, "body");
-		if (body == NULL || body->type != jbvBinary)
-			bad_dialect("body is neither an object nor an array");
-		initStringInfo(&key);
-		escape_json(&key, upstream->key);
-		exchange->body = replace(JsonbToCString(NULL, body->val.binary.data, 0),
-								 psprintf("\"%s\"", placeholder), key.data);
-		exchange->body = pg_server_to_any(exchange->body, strlen(exchange->body), PG_UTF8);
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(old);
-		MemoryContextDelete(context);
-		PG_RE_THROW();
-	}
-	PG_END_TRY();
-
+	exchange->request = request;
 	MemoryContextSwitchTo(old);
-	return exchange;
+	if (guard(make_request, exchange, error))
+	{
+		MemoryContextSwitchTo(context);
+		return exchange;
+	}
+
+	MemoryContextDelete(context);
+	upstream_state_note(server, *error);
+	for (int reports = 0; reports <= 1; reports++)
+		upstream_state_back_off(server, reports, TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+																			 LONGEST_BACK_OFF_MS));
+	ereport(WARNING,
+			(errcode(ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION),
+			 errmsg("upstream \"%s\" cannot be asked: %s", server, *error)));
+	return NULL;
 }
 
 /* Sends a request that has been prepared; the timeouts are in milliseconds. */
@@ -485,6 +498,9 @@ judge(Exchange *exchange)
 	if (exchange->result == EXCHANGE_REFUSED)
 	{
 		upstream_state_refused(exchange->server, reports, exchange->error, reply->latency_us);
+		ereport(LOG,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("upstream \"%s\" refused to %s: %s", exchange->server, exchange->operation, exchange->error)));
 		return;
 	}
 
@@ -545,18 +561,6 @@ Numeric
 exchange_asked_amount(const Exchange *exchange)
 {
 	return member(exchange->request, "amount")->val.numeric;
-}
-
-/* Notes that a server cannot be asked at all, and leaves it alone for a while. */
-void
-exchange_impossible(const char *server, const char *error)
-{
-	upstream_state_note(server, error);
-	for (int reports = 0; reports <= 1; reports++)
-		upstream_state_back_off(server, reports, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LONGEST_BACK_OFF_MS));
-	ereport(WARNING,
-			(errcode(ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION),
-			 errmsg("upstream \"%s\" cannot be asked: %s", server, error)));
 }
 
 /*

@@ -55,14 +55,13 @@ typedef struct Exchange
 	LeaseTerms	terms;			/* where an acquire or extend is done */
 } Exchange;
 
-extern Exchange *exchange_prepare(const char *server, const char *operation, Jsonb *request);
+extern Exchange *exchange_prepare(const char *server, const char *operation, Jsonb *request, char **error);
 extern void exchange_send(Exchange *exchange, int connect_timeout, int request_timeout);
 extern Exchange *exchange_next(void);
 extern void exchange_end(Exchange *exchange);
 extern void exchange_forget_all(void);
 extern char *exchange_asked_company(const Exchange *exchange);
 extern Numeric exchange_asked_amount(const Exchange *exchange);
-extern void exchange_impossible(const char *server, const char *error);
 extern int	back_off_ms(int first, int failures, int longest);
 
 #endif							/* CREDIT_LEASE_EXCHANGE_H */

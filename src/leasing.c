@@ -536,23 +536,6 @@ postpone(const char *account, const char *credit, const char *kind, const char *
 	statement_execute(&postpone_statement, &parameters);
 }
 
-/* What guard() has to do */
-typedef struct Preparation
-{
-	const char *server;
-	const char *kind;
-	Jsonb	   *request;
-	Exchange   *exchange;
-} Preparation;
-
-static void
-prepare(void *arg)
-{
-	Preparation *preparation = arg;
-
-	preparation->exchange = exchange_prepare(preparation->server, preparation->kind, preparation->request);
-}
-
 /*
  * leasing_prepare
  *		Returns what is to be sent when the transaction has committed, at most
@@ -580,32 +563,26 @@ leasing_prepare(List *exchanges, int most, int share, TimestampTz *next_due)
 
 	for (uint64 i = 0; i < n; i++)
 	{
+		MemoryContext old = CurrentMemoryContext;
 		char	   *column[5];
-		Preparation preparation = {0};
 		char	   *error;
+		Exchange   *exchange;
 
 		for (int k = 0; k < 5; k++)
 			column[k] = SPI_getvalue(rows->vals[i], rows->tupdesc, k + 1);
-		preparation.server = column[4];
-		preparation.kind = column[2];
-		preparation.request = DatumGetJsonbP(SPI_getbinval(rows->vals[i], rows->tupdesc, 6, &isnull));
-
-		if (!guard(prepare, &preparation, &error))
+		exchange = exchange_prepare(column[4], column[2],
+									DatumGetJsonbP(SPI_getbinval(rows->vals[i], rows->tupdesc, 6, &isnull)),
+									&error);
+		if (exchange == NULL)
 		{
-			exchange_impossible(preparation.server, error);
 			postpone(column[0], column[1], column[2], column[3], now, false, error);
+			continue;
 		}
-		else
-		{
-			Exchange   *exchange = preparation.exchange;
-			MemoryContext old = MemoryContextSwitchTo(exchange->context);
-
-			exchange->account = pstrdup(column[0]);
-			exchange->credit = pstrdup(column[1]);
-			exchange->lease_id = column[3] ? pstrdup(column[3]) : NULL;
-			MemoryContextSwitchTo(old);
-			prepared = lappend(prepared, exchange);
-		}
+		exchange->account = pstrdup(column[0]);
+		exchange->credit = pstrdup(column[1]);
+		exchange->lease_id = column[3] ? pstrdup(column[3]) : NULL;
+		MemoryContextSwitchTo(old);
+		prepared = lappend(prepared, exchange);
 	}
 
 	parameters = (Parameters) {0};

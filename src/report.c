@@ -23,7 +23,6 @@
 #include "utils/timestamp.h"
 
 #include "clock.h"
-#include "guard.h"
 #include "report.h"
 #include "statement.h"
 #include "upstream_state.h"
@@ -210,22 +209,6 @@ add_busy_lanes(Parameters *parameters, List *exchanges, TimestampTz now, Timesta
 	parameter_add_pointer(parameters, construct_array(name, n, TEXTOID, -1, false, TYPALIGN_INT));
 }
 
-/* What guard() has to do */
-typedef struct Preparation
-{
-	const char *server;
-	Jsonb	   *request;
-	Exchange   *exchange;
-} Preparation;
-
-static void
-prepare(void *arg)
-{
-	Preparation *preparation = arg;
-
-	preparation->exchange = exchange_prepare(preparation->server, "report", preparation->request);
-}
-
 /*
  * report_prepare
  *		Returns the reports to be sent when the transaction has committed, as
@@ -252,26 +235,21 @@ report_prepare(List *exchanges, int most, TimestampTz *next_due)
 	for (uint64 i = 0; i < n; i++)
 	{
 		HeapTuple	row = rows->vals[i];
-		Preparation preparation = {0};
+		MemoryContext old = CurrentMemoryContext;
 		char	   *error;
 		bool		isnull;
+		Exchange   *exchange = exchange_prepare(SPI_getvalue(row, rows->tupdesc, 1), "report",
+												DatumGetJsonbP(SPI_getbinval(row, rows->tupdesc, 6, &isnull)),
+												&error);
 
-		preparation.server = SPI_getvalue(row, rows->tupdesc, 1);
-		preparation.request = DatumGetJsonbP(SPI_getbinval(row, rows->tupdesc, 6, &isnull));
-		if (guard(prepare, &preparation, &error))
-		{
-			Exchange   *exchange = preparation.exchange;
-			MemoryContext old = MemoryContextSwitchTo(exchange->context);
-
-			exchange->lane = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 2, &isnull));
-			exchange->accounts = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 3, &isnull));
-			exchange->entry_ids = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 4, &isnull));
-			exchange->nreports = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 5, &isnull));
-			MemoryContextSwitchTo(old);
-			prepared = lappend(prepared, exchange);
-		}
-		else
-			exchange_impossible(preparation.server, error);
+		if (exchange == NULL)
+			continue;
+		exchange->lane = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 2, &isnull));
+		exchange->accounts = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 3, &isnull));
+		exchange->entry_ids = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 4, &isnull));
+		exchange->nreports = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 5, &isnull));
+		MemoryContextSwitchTo(old);
+		prepared = lappend(prepared, exchange);
 	}
 	return prepared;
 }
