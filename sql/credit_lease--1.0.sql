@@ -72,6 +72,7 @@ ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche
 CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, tranche_id) WHERE open;
 CREATE INDEX tranche_expiry ON credit_lease.tranche (expires_at) WHERE open;
 CREATE UNIQUE INDEX tranche_lease ON credit_lease.tranche (account, credit, lease_id) WHERE kind = 'upstream';
+CREATE INDEX tranche_lease_id ON credit_lease.tranche (lease_id) WHERE kind = 'upstream';
 CREATE INDEX tranche_leased ON credit_lease.tranche (expires_at) WHERE kind = 'upstream' AND released_at IS NULL;
 CREATE INDEX tranche_slot ON credit_lease.tranche (account, credit, expires_at) WHERE kind = 'upstream';
 
@@ -96,6 +97,7 @@ COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment';
 COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool can draw on';
 COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
 COMMENT ON INDEX credit_lease.tranche_lease IS 'a lease is installed once in its pool, for ever';
+COMMENT ON INDEX credit_lease.tranche_lease_id IS 'the worker: a lease is not for two pools';
 COMMENT ON INDEX credit_lease.tranche_leased IS 'the leases that are alive';
 COMMENT ON INDEX credit_lease.tranche_slot IS 'the leases of a pool that are alive, used up or not';
 

@@ -145,8 +145,8 @@ static Statement ask_statement = {
 
 /*
  * What is to be sent now, no more to one server than its share, so that one
- * that hangs does not keep others waiting. A lease is given back upstream when all of its usage
- * has been reported and nothing of it is held.
+ * that hangs does not keep others waiting. A lease is given back upstream when
+ * all of its usage has been reported and nothing of it is held.
  */
 static Statement due_statement = {
 	.sql = "SELECT d.* FROM (SELECT r.account, r.credit, r.kind, r.lease_id, r.server,"
@@ -231,12 +231,13 @@ static Statement extend_lease_statement = {
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, TIMESTAMPTZOID}
 };
 
-/* From now on the worker looks after the lease. */
+/* From now on the worker looks after the lease. Its policy may have gone meanwhile. */
 static Statement look_after_statement = {
 	.sql = "UPDATE credit_lease.tranche t SET refill_below = t.remaining * p.low_water_mark,"
 	" refresh_at = t.expires_at - (t.expires_at - $4) / 4"
 	" FROM credit_lease.lease_policy($1, $2) p"
-	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3",
+	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3"
+	" RETURNING p.server IS DISTINCT FROM t.server",
 	.nargs = 4,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID}
 };
@@ -255,12 +256,12 @@ static Statement company_statement = {
 	" SELECT q.account, q.credit, 'release', $3, q.server, q.company_id, q.credit_type_id, $5, $4, $4" \
 	" FROM credit_lease.upstream_request q WHERE q.account = $1 AND q.credit = $2 AND q.kind = 'acquire'"
 
-/* Who has a lease already: it is not handed to another account, however it came. */
+/* Whether another pool has or had a lease: whatever it says of itself, it is not for two. */
 static Statement owner_statement = {
 	.sql = "SELECT FROM credit_lease.tranche t WHERE t.kind = 'upstream' AND t.lease_id = $1 AND t.server = $2"
-	" AND t.released_at IS NULL AND t.expires_at > $3 AND (t.account <> $4 OR t.credit <> $5)",
-	.nargs = 5,
-	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
+	" AND (t.account <> $3 OR t.credit <> $4)",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
 };
 
 /* An acquire that lost the race: another lease fills the slot. */
@@ -288,6 +289,9 @@ static Statement give_back_statement = {
 	.nargs = 5,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
+
+/* There are leases to release that could not be, or not be seen, when policies changed. */
+static bool some_unwanted = false;
 
 static void
 add_text(Parameters *parameters, const char *string)
@@ -361,7 +365,6 @@ leasing_look(void)
 void
 leasing_clean(bool policies_changed)
 {
-	static bool some_unwanted = false;
 	TimestampTz now = clock_now();
 	Parameters	parameters = {0};
 
@@ -540,8 +543,8 @@ postpone(const char *account, const char *credit, const char *kind, const char *
  * leasing_prepare
  *		Returns what is to be sent when the transaction has committed, at most
  *		so many beside what is under way, and at most a share of all to one
- *		server; *next_due is when there is more to
- *		do, if it is earlier. A server that cannot be asked is left alone.
+ *		server; *next_due is when there is more to do, if it is earlier. A
+ *		server that cannot be asked is left alone.
  */
 List *
 leasing_prepare(List *exchanges, int most, int share, TimestampTz *next_due)
@@ -621,7 +624,6 @@ is_of_another_pool(const Exchange *exchange)
 
 	add_text(&parameters, exchange->terms.lease_id);
 	add_text(&parameters, exchange->server);
-	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 	add_text(&parameters, exchange->account);
 	add_text(&parameters, exchange->credit);
 	return statement_execute(&owner_statement, &parameters) > 0;
@@ -681,6 +683,7 @@ take_terms(void *arg)
 
 		parameter_add(&look_after, TimestampTzGetDatum(clock_now()));
 		statement_execute(&look_after_statement, &look_after);
+		some_unwanted |= DatumGetBool(statement_value(0, 1, &isnull));
 		if (acquired)
 		{
 			Parameters	company = lease;
