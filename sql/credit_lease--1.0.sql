@@ -656,7 +656,21 @@ SELECT s.account, max(s.credit), NULL, 'entry ' || s.entry_id || ' has all its p
 		  FROM credit_lease.ledger l
 		 WHERE l.parts IS NOT NULL OR l.first_entry_id IS NOT NULL) AS s
  GROUP BY s.account, s.entry_id
-HAVING max(s.parts) IS DISTINCT FROM count(*);
+HAVING max(s.parts) IS DISTINCT FROM count(*)
+UNION ALL
+-- rule 9: what was read of the ledger, to report it, is what it has up to there
+SELECT u.account, u.credit, u.tranche_id, 'usage read sums to consumed', coalesce(sum(m.consumed), 0), u.consumed
+  FROM credit_lease.lease_usage u
+  LEFT JOIN credit_lease.movement m
+	ON m.account = u.account AND m.credit = u.credit AND m.tranche_id = u.tranche_id AND m.entry_id <= u.entry_id
+ GROUP BY u.account, u.credit, u.tranche_id, u.consumed
+HAVING coalesce(sum(m.consumed), 0) <> u.consumed
+UNION ALL
+SELECT t.account, t.credit, t.tranche_id, 'usage of a lease from a server is read', 1, 0
+  FROM credit_lease.tranche t
+ WHERE t.kind = 'upstream' AND t.server IS NOT NULL
+   AND NOT EXISTS (SELECT FROM credit_lease.lease_usage u
+		WHERE u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id);
 COMMENT ON VIEW credit_lease.finding IS 'what lease_verify() finds, for every account; empty when the books balance';
 
 ----------------------------------------------------------------------

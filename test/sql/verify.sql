@@ -144,6 +144,10 @@ SELECT * FROM pg_temp.findings('DELETE FROM reservation WHERE reservation_id = S
 --
 -- The refunds: what all refunds of an entry together have given back.
 --
+SELECT * FROM pg_temp.findings($$ INSERT INTO lease_usage (account, credit, tranche_id, entry_id, consumed)
+	VALUES ('verify:1', 'tokens', TRANCHE, ENTRY, 36) $$);
+SELECT * FROM pg_temp.findings($$ UPDATE tranche SET kind = 'upstream', lease_id = 'l', server = 's', expires_at = '2031-01-01'
+	WHERE tranche_id = TRANCHE $$);
 SELECT * FROM pg_temp.findings('UPDATE refund SET amount = 7 WHERE entry_id = REFUNDED');
 SELECT * FROM pg_temp.findings('DELETE FROM refund WHERE entry_id = REFUNDED');
 SELECT * FROM pg_temp.findings($$ INSERT INTO refund (account, entry_id, amount) VALUES ('verify:1', ENTRY, 1) $$);
