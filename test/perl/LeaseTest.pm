@@ -16,7 +16,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-our @EXPORT = qw(lease_cluster books_balance quoted pgbench start_pgbench finish_pgbench any_calls);
+our @EXPORT = qw(lease_cluster books_balance becomes quoted pgbench start_pgbench finish_pgbench any_calls);
 
 # Returns a started cluster, with the extension in its database postgres. conf
 # is appended to postgresql.conf; other parameters go to init().
@@ -42,6 +42,15 @@ sub books_balance
 
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return is($found, '', "$name: the books balance");
+}
+
+# Waits until a query returns t, and tests that it does.
+sub becomes
+{
+	my ($node, $query, $name, %params) = @_;
+
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return ok($node->poll_query_until($params{dbname} // 'postgres', $query), $name);
 }
 
 # Returns a text as an SQL literal.

@@ -14,6 +14,7 @@ use File::Basename qw(dirname);
 use HTTP::Tiny;
 use JSON::PP;
 use POSIX qw(WNOHANG);
+use Test::More;
 use Time::HiRes qw(sleep);
 
 my $program = dirname(__FILE__) . '/../upstream/schematic.py';
@@ -144,6 +145,100 @@ sub stop
 
 	_end(delete $self->{pid}, $signal // 'TERM') if $self->{pid};
 	return;
+}
+
+# Returns a file that has a key, "test-key" if it is not said, and that nobody
+# else may read.
+sub key_file
+{
+	my ($self, $key) = @_;
+	my $file = "$self->{dir}/key." . $self->{keys}++;
+
+	open my $out, '>', $file or die "could not create $file: $!";
+	print $out $key // 'test-key', "\n";
+	close $out;
+	chmod 0600, $file or die "could not chmod $file: $!";
+	return $file;
+}
+
+# Returns the SQL that makes the upstream known, as a foreign server of a name.
+# url and key_file stand for its own.
+sub server
+{
+	my ($self, $name, %params) = @_;
+	my $url = $params{url} // $self->url;
+	my $key_file = $params{key_file} // ($self->{key_file} //= $self->key_file);
+
+	return qq{
+		CREATE SERVER "$name" FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'schematic', url '$url');
+		CREATE USER MAPPING FOR CURRENT_USER SERVER "$name" OPTIONS (api_key_file '$key_file');};
+}
+
+# Tests that its books are ours, those of the databases given as [node, name],
+# within half a minute. A lease that has ended may have been granted more than
+# we have heard of. One that we have not heard of was not used and has ended.
+sub same_books
+{
+	my ($self, $name, @databases) = @_;
+	my $deadline = time + 30;
+	my @wrong;
+
+	while (@wrong = $self->_differences(@databases))
+	{
+		last if time > $deadline;
+		sleep 0.1;
+	}
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return is(join("\n", @wrong), '', "$name: the upstream's books are ours");
+}
+
+# Returns what is not as same_books() wants it, in words.
+sub _differences
+{
+	my ($self, @databases) = @_;
+	my (%ours, @wrong);
+
+	for (@databases)
+	{
+		my ($node, $dbname) = @$_;
+
+		push @wrong, "$dbname has something to tell" if $node->safe_psql($dbname, q{
+			SELECT EXISTS (SELECT FROM credit_lease.usage_report WHERE refused_at IS NULL)
+				OR EXISTS (SELECT FROM credit_lease.upstream_request WHERE kind <> 'acquire' AND NOT refused)
+				OR EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.tranche t
+					USING (account, credit, tranche_id) WHERE t.consumed <> u.consumed)}) eq 't';
+		for (split /\n/, $node->safe_psql($dbname, q{
+			SELECT t.lease_id, t.granted,
+				   t.consumed + u.owed - coalesce((SELECT sum(r.quantity) FROM credit_lease.usage_report r
+					WHERE r.account = t.account AND r.credit = t.credit AND r.tranche_id = t.tranche_id), 0),
+				   CASE WHEN t.released_at IS NOT NULL THEN 'released' WHEN t.expires_at > clock_timestamp() THEN 'live'
+					ELSE 'expired' END
+			  FROM credit_lease.tranche t JOIN credit_lease.lease_usage u USING (account, credit, tranche_id)}))
+		{
+			my ($id, $granted, $used, $state) = split /\|/;
+
+			push @wrong, "$id is there twice" if exists $ours{$id};
+			$ours{$id} = { granted => $granted, used => $used, state => $state };
+		}
+	}
+
+	my $books = $self->books;
+	for my $theirs (@{ $books->{leases} })
+	{
+		my $lease = delete $ours{ $theirs->{id} } // { granted => 0, used => 0, state => 'unknown' };
+
+		push @wrong, "$theirs->{id} of $theirs->{company_id}: $theirs->{state}, granted $theirs->{granted},"
+		  . " used $theirs->{used}; here $lease->{state}, granted $lease->{granted}, used $lease->{used}"
+		  if $theirs->{used} != $lease->{used}
+		  || $theirs->{granted} < $lease->{granted}
+		  || ($theirs->{state} eq 'live' && $theirs->{granted} != $lease->{granted})
+		  || ($theirs->{state} eq 'live' && $lease->{state} eq 'released')
+		  || ($theirs->{state} eq 'released' && $lease->{state} eq 'live');
+	}
+	push @wrong, "$_ is not there" for sort keys %ours;
+	push @wrong, 'they are not consistent' unless $books->{consistent};
+	push @wrong, "$books->{events}{$_} events are $_" for grep { $books->{events}{$_} } qw(conflicts uncharged);
+	return @wrong;
 }
 
 sub _run
