@@ -8,6 +8,9 @@
  * session, once answered, for what there is. Lost with the memory, it costs a
  * wait that ends by time.
  *
+ * What is not answered in time stays there until it is, or until the session
+ * waits again: what comes late serves the next call.
+ *
  * What a transaction leaves to be done by the worker, because a lease is
  * running low or a policy has changed, is told when it commits.
  *
@@ -39,7 +42,7 @@
 
 typedef struct Place
 {
-	Oid			database;		/* of the session; InvalidOid while it does not wait */
+	Oid			database;		/* of the session; InvalidOid while none has waited */
 	DemandAnswer answer;
 	char		account[DEMAND_MAX_NAME + 1];
 	char		credit[DEMAND_MAX_NAME + 1];
@@ -101,14 +104,6 @@ my_place(void)
 	return &places[MyProc - ProcGlobal->allProcs];
 }
 
-static void
-leave(void)
-{
-	LWLockAcquire(lock, LW_EXCLUSIVE);
-	my_place()->database = InvalidOid;
-	LWLockRelease(lock);
-}
-
 /* Waits for the answer, which stays DEMAND_PENDING if there is none in time. */
 static DemandAnswer
 wait_for_answer(TimestampTz until, char *error)
@@ -148,7 +143,6 @@ demand_wait(const char *account, const char *credit, Numeric amount, TimestampTz
 {
 	Place	   *place;
 	char	   *digits = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(amount)));
-	DemandAnswer answer = DEMAND_PENDING;
 
 	error[0] = '\0';
 	if (places == NULL || !worker_state_wake(0))
@@ -167,17 +161,8 @@ demand_wait(const char *account, const char *credit, Numeric amount, TimestampTz
 	strlcpy(place->amount, digits, sizeof(place->amount));
 	LWLockRelease(lock);
 
-	PG_TRY();
-	{
-		worker_state_wake(0);
-		answer = wait_for_answer(until, error);
-	}
-	PG_FINALLY();
-	{
-		leave();
-	}
-	PG_END_TRY();
-	return answer;
+	worker_state_wake(0);
+	return wait_for_answer(until, error);
 }
 
 static void

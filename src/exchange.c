@@ -475,6 +475,7 @@ judge(Exchange *exchange)
 	bool		no_access = reply->status == 401 || reply->status == 403;
 	bool		reports = exchange->nreports > 0;
 	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz try_after = 0;
 	char	   *error;
 	int			failures;
 
@@ -506,15 +507,15 @@ judge(Exchange *exchange)
 
 	failures = upstream_state_failed(exchange->server, reports, exchange->error, exchange->sent_at);
 	if (reply->retry_after_ms >= 0)
-		exchange->try_after = TimestampTzPlusMilliseconds(now, Min(reply->retry_after_ms, LONGEST_RETRY_AFTER_MS));
+		try_after = TimestampTzPlusMilliseconds(now, Min(reply->retry_after_ms, LONGEST_RETRY_AFTER_MS));
 	else if (no_access)
-		exchange->try_after = TimestampTzPlusMilliseconds(now, PAUSE_MS);
+		try_after = TimestampTzPlusMilliseconds(now, PAUSE_MS);
 	else if (failures >= FAILURES_IN_A_ROW)
-		exchange->try_after = TimestampTzPlusMilliseconds(now, back_off_ms(FIRST_BACK_OFF_MS,
+		try_after = TimestampTzPlusMilliseconds(now, back_off_ms(FIRST_BACK_OFF_MS,
 																		   failures - FAILURES_IN_A_ROW,
 																		   LONGEST_BACK_OFF_MS));
-	if (exchange->try_after != 0)
-		upstream_state_back_off(exchange->server, reports, exchange->try_after);
+	if (try_after != 0)
+		upstream_state_back_off(exchange->server, reports, try_after);
 	if (no_access)
 		ereport(WARNING,
 				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),

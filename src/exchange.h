@@ -51,7 +51,6 @@ typedef struct Exchange
 	ExchangeResult result;
 	HttpReply	reply;
 	char	   *error;			/* where it was refused or has failed */
-	TimestampTz try_after;		/* what the upstream asks for; 0 for nothing */
 	LeaseTerms	terms;			/* where an acquire or extend is done */
 } Exchange;
 

@@ -178,6 +178,13 @@ static Statement next_due_statement = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
+static Statement try_again_statement = {
+	.sql = "UPDATE credit_lease.upstream_request r SET attempts = 0, next_try_at = $1"
+	" WHERE r.next_try_at > $1 AND NOT r.refused",
+	.nargs = 1,
+	.argtypes = {TIMESTAMPTZOID}
+};
+
 static Statement postpone_statement = {
 	.sql = "UPDATE credit_lease.upstream_request r"
 	" SET attempts = r.attempts + 1, next_try_at = $5 + pg_catalog.make_interval(secs =>"
@@ -233,13 +240,14 @@ static Statement extend_lease_statement = {
 
 /* From now on the worker looks after the lease. Its policy may have gone meanwhile. */
 static Statement look_after_statement = {
-	.sql = "UPDATE credit_lease.tranche t SET refill_below = t.remaining * p.low_water_mark,"
+	.sql = "UPDATE credit_lease.tranche t"
+	" SET refill_below = CASE WHEN $5 THEN t.remaining * p.low_water_mark ELSE t.refill_below END,"
 	" refresh_at = t.expires_at - (t.expires_at - $4) / 4"
 	" FROM credit_lease.lease_policy($1, $2) p"
 	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3"
 	" RETURNING p.server IS DISTINCT FROM t.server",
-	.nargs = 4,
-	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID}
+	.nargs = 5,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, BOOLOID}
 };
 
 static Statement company_statement = {
@@ -274,6 +282,16 @@ static Statement give_up_statement = {
 	" ON CONFLICT (account, credit, kind, lease_id) DO NOTHING",
 	.nargs = 5,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+};
+
+/* By the old key, an upstream would give the old answer for ever. */
+static Statement ask_anew_statement = {
+	.sql = "UPDATE credit_lease.upstream_request r"
+	" SET idempotency_key = pg_catalog.gen_random_uuid(), expires_at = " ASKED_EXPIRY
+	" FROM credit_lease.lease_policy($2, $3) p"
+	" WHERE r.account = $2 AND r.credit = $3 AND r.kind = 'acquire'",
+	.nargs = 3,
+	.argtypes = {TIMESTAMPTZOID, TEXTOID, TEXTOID}
 };
 
 /*
@@ -355,6 +373,16 @@ leasing_look(void)
 	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 	parameter_add(&parameters, Int32GetDatum(LOOK_ROWS));
 	statement_execute(&extend_statement, &parameters);
+}
+
+/* Lets what has failed be tried again now: what was wrong may have been mended. */
+void
+leasing_try_again(void)
+{
+	Parameters	parameters = {0};
+
+	parameter_add(&parameters, TimestampTzGetDatum(GetCurrentTimestamp()));
+	statement_execute(&try_again_statement, &parameters);
 }
 
 /*
@@ -518,7 +546,7 @@ add_under_way(Parameters *parameters, List *exchanges, ArrayType *backing_off)
 /* Notes that a request was not of use, and when it may be made again. */
 static void
 postpone(const char *account, const char *credit, const char *kind, const char *lease_id,
-		 TimestampTz after, bool refused, const char *error)
+		 bool refused, const char *error)
 {
 	Parameters	parameters = {0};
 	Parameters	less = {0};
@@ -531,7 +559,7 @@ postpone(const char *account, const char *credit, const char *kind, const char *
 	add_text(&less, error);
 	if (refused && statement_execute(&ask_less_statement, &less) > 0)
 		return;
-	parameter_add(&parameters, TimestampTzGetDatum(Max(after, GetCurrentTimestamp())));
+	parameter_add(&parameters, TimestampTzGetDatum(GetCurrentTimestamp()));
 	parameter_add(&parameters, Int32GetDatum(refused ? FIRST_REFUSED_MS : FIRST_RETRY_MS));
 	parameter_add(&parameters, Int32GetDatum(LONGEST_RETRY_MS));
 	parameter_add(&parameters, BoolGetDatum(refused));
@@ -578,7 +606,7 @@ leasing_prepare(List *exchanges, int most, int share, TimestampTz *next_due)
 									&error);
 		if (exchange == NULL)
 		{
-			postpone(column[0], column[1], column[2], column[3], now, false, error);
+			postpone(column[0], column[1], column[2], column[3], false, error);
 			continue;
 		}
 		exchange->account = pstrdup(column[0]);
@@ -634,7 +662,11 @@ static void
 refuse_other_lease(Exchange *exchange)
 {
 	Parameters	parameters = {0};
+	Parameters	anew = {0};
 
+	parameter_add(&anew, TimestampTzGetDatum(clock_now()));
+	add_text(&anew, exchange->account);
+	add_text(&anew, exchange->credit);
 	add_lease(&parameters, exchange, exchange->terms.lease_id);
 	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 	parameter_add(&parameters, TimestampTzGetDatum(exchange->terms.expires_at));
@@ -645,8 +677,11 @@ refuse_other_lease(Exchange *exchange)
 		exchange->error = "an earlier lease of the pool is still alive upstream; it is released first";
 	}
 	else
+	{
+		statement_execute(&ask_anew_statement, &anew);
 		exchange->error = "the lease in the reply is not the one that was asked for, as it ends at another time:"
 			" somebody else may lease for the same company, or the upstream does not grant lease_duration";
+	}
 }
 
 /* Installs the lease that was acquired, or gives it up; or extends the one there is. */
@@ -682,6 +717,7 @@ take_terms(void *arg)
 		Parameters	look_after = lease;
 
 		parameter_add(&look_after, TimestampTzGetDatum(clock_now()));
+		parameter_add(&look_after, BoolGetDatum(raised));
 		statement_execute(&look_after_statement, &look_after);
 		some_unwanted |= DatumGetBool(statement_value(0, 1, &isnull));
 		if (acquired)
@@ -743,6 +779,6 @@ leasing_take(Exchange *exchange)
 		remove_request(exchange);
 	else
 		postpone(exchange->account, exchange->credit, exchange->operation, exchange->lease_id,
-				 exchange->try_after, refused, error);
+				 refused, error);
 	return true;
 }

@@ -4,6 +4,7 @@
 #include "exchange.h"
 
 extern void leasing_look(void);
+extern void leasing_try_again(void);
 extern void leasing_clean(bool policies_changed);
 extern void leasing_meet_demand(List *exchanges);
 extern List *leasing_prepare(List *exchanges, int most, int share, TimestampTz *next_due);

@@ -180,7 +180,7 @@ wait_for_supply(Pool *pool, Numeric needed)
 	{
 		DemandAnswer answer = demand_wait(account, credit, needed, until, error);
 
-		if (answer == DEMAND_PENDING || answer == DEMAND_UNREACHABLE)
+		if (acquire_timeout > 0 && (answer == DEMAND_PENDING || answer == DEMAND_UNREACHABLE))
 			pool->unsupplied = pstrdup(error[0] ? error : "there was no answer in time");
 		if (answer != DEMAND_SUPPLIED || GetCurrentTimestamp() >= until)
 			return false;
@@ -208,7 +208,7 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 	}
 	if (lock_if_plenty(pool, needed))
 		return;
-	if (acquire_timeout > 0 && has_upstream(pool->account, pool->credit) &&
+	if (has_upstream(pool->account, pool->credit) &&
 		!is_held_by_us(pool->account) && !request_find_first(request, false, &first) &&
 		wait_for_supply(pool, needed))
 		return;

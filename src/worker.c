@@ -280,6 +280,12 @@ ask(int slot, bool look, bool collect, TimestampTz *next_due)
 
 	begin_step("looking what to ask of upstreams");
 	user = become_owner(&security);
+	if (upstreams_changed)
+	{
+		upstream_state_try_again();
+		leasing_try_again();
+		upstreams_changed = false;
+	}
 	if (look || (woken_for & WAKE_FOR_POLICIES))
 		leasing_clean(woken_for & WAKE_FOR_POLICIES);
 	if (look || (woken_for & WAKE_FOR_LEASES))
@@ -335,9 +341,6 @@ pause_for(long milliseconds)
 		reload();
 		upstreams_changed = true;
 	}
-	if (upstreams_changed)
-		upstream_state_try_again();
-	upstreams_changed = false;
 }
 
 /* Waits for all of that time, whoever wakes the worker. */
