@@ -205,8 +205,8 @@ CREATE TABLE credit_lease.set_aside (
 COMMENT ON TABLE credit_lease.set_aside IS 'pools that could not be swept because their books do not balance; tried again after a minute';
 
 CREATE TABLE credit_lease.policy (
-	account text COLLATE "C",
-	credit text COLLATE "C",
+	account text COLLATE "C" CHECK (account <> ''),
+	credit text COLLATE "C" CHECK (credit <> ''),
 	server text COLLATE "C",
 	company_id text CHECK (length(company_id) > 0),
 	credit_type_id text CHECK (length(credit_type_id) > 0),
@@ -250,7 +250,7 @@ CREATE TABLE credit_lease.upstream_request (
 	UNIQUE NULLS NOT DISTINCT (account, credit, kind, lease_id)
 );
 CREATE INDEX upstream_request_due ON credit_lease.upstream_request (next_try_at);
-COMMENT ON TABLE credit_lease.upstream_request IS 'what the worker is to ask of upstreams, and has no answer to yet';
+COMMENT ON TABLE credit_lease.upstream_request IS 'what the worker is to ask of upstreams, and has no answer to yet; also what was refused, for about a minute';
 COMMENT ON COLUMN credit_lease.upstream_request.expires_at IS 'until when the lease is asked for; release: until when it lives anyway';
 COMMENT ON COLUMN credit_lease.upstream_request.idempotency_key IS 'is sent again with each try';
 COMMENT ON COLUMN credit_lease.upstream_request.refused IS 'the upstream has refused it, or what it answered was of no use; it is not asked again before next_try_at, nor unless somebody needs it then';

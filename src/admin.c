@@ -64,7 +64,7 @@ static const char *const level_grants[] = {
 	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
 	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
-	"  AND p.proname IN ('lease_balance', 'lease_verify', 'lease_clock', 'lease_worker')",
+	"  AND p.proname IN ('lease_balance', 'lease_verify', 'lease_clock', 'lease_worker', 'lease_upstreams', 'lease_policy')",
 
 	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT INSERT, UPDATE, DELETE ON credit_lease.policy TO %I', $1)"

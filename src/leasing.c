@@ -74,6 +74,12 @@ static Statement clean_statement = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
+/* ... or was to be supplied with, as their policy has gone */
+static Statement give_up_asking_statement = {
+	.sql = "DELETE FROM credit_lease.upstream_request r WHERE r.kind <> 'release'"
+	" AND r.server IS DISTINCT FROM (SELECT p.server FROM credit_lease.lease_policy(r.account, r.credit) p)"
+};
+
 /*
  * Leases that run low, and those in use that will end before long. In use is
  * what has been spent or held within the life of one lease.
@@ -395,9 +401,12 @@ leasing_clean(bool policies_changed)
 {
 	TimestampTz now = clock_now();
 	Parameters	parameters = {0};
+	Parameters	none = {0};
 
 	parameter_add(&parameters, TimestampTzGetDatum(now));
 	statement_execute(&clean_statement, &parameters);
+	if (policies_changed)
+		statement_execute(&give_up_asking_statement, &none);
 	if (policies_changed || some_unwanted)
 		some_unwanted = !release_unwanted(now);
 }
@@ -770,7 +779,8 @@ leasing_take(Exchange *exchange)
 		{
 			upstream_state_note(exchange->server, error);
 			ereport(LOG,
-					(errmsg("an answer of upstream \"%s\" was not taken: %s", exchange->server, error)));
+					(errmsg("an answer of upstream \"%s\" for credit \"%s\" of account \"%s\" was not taken: %s",
+							exchange->server, exchange->credit, exchange->account, error)));
 		}
 	}
 

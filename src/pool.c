@@ -434,6 +434,19 @@ pool_take(Pool *pool, Numeric amount, Bucket to)
 		elog(ERROR, "took more credit than was available");
 }
 
+static int
+detail(const Pool *pool, Numeric requested)
+{
+	char	   *available = amount_out(pool->available);
+	char	   *held = amount_out(pool->held);
+
+	if (pool->upstream_error)
+		return errdetail("Available: %s, held: %s, requested: %s; upstream: %s.",
+						 available, held, amount_out(requested), pool->upstream_error);
+	return errdetail("Available: %s, held: %s, requested: %s.",
+					 available, held, amount_out(requested));
+}
+
 pg_noreturn static void
 refuse_unsupplied(const Pool *pool, Numeric requested)
 {
@@ -441,10 +454,8 @@ refuse_unsupplied(const Pool *pool, Numeric requested)
 			(errcode(ERRCODE_LEASE_UNREACHABLE),
 			 errmsg("credit \"%s\" of account \"%s\" could not be supplied in time",
 					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
-			 errdetail("Available: %s, held: %s, requested: %s; upstream: %s.",
-					   amount_out(pool->available), amount_out(pool->held), amount_out(requested),
-					   pool->unsupplied),
-			 errhint("Try again later.")));
+			 detail(pool, requested),
+			 errhint("Try again later; credit_lease.upstream_status tells how the upstream does.")));
 }
 
 /* Raises LC007 where the pool is frozen, and LC008 or LC001 where it is not. */
@@ -455,7 +466,7 @@ pool_refuse(const Pool *pool, Numeric requested)
 
 	if (!pool->may_be_frozen || !find_freeze(pool, &reason))
 	{
-		if (pool->unsupplied)
+		if (pool->unreachable)
 			refuse_unsupplied(pool, requested);
 		pool_refuse_short(pool, requested);
 	}
@@ -476,8 +487,7 @@ pool_refuse_short(const Pool *pool, Numeric requested)
 			(errcode(ERRCODE_LEASE_INSUFFICIENT_CREDIT),
 			 errmsg("not enough credit \"%s\" in account \"%s\"",
 					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
-			 errdetail("Available: %s, held: %s, requested: %s.",
-					   amount_out(pool->available), amount_out(pool->held), amount_out(requested)),
+			 detail(pool, requested),
 			 amount_sign(pool->held) > 0 ?
 			 errhint("Top up, or wait until holds are settled or expire.") :
 			 errhint("Top up.")));

@@ -62,7 +62,8 @@ typedef struct Pool
 
 	TimestampTz now;			/* when it was first read, under the account's lock */
 	bool		may_be_frozen;	/* something of the account is frozen */
-	char	   *unsupplied;		/* why its upstream could not be asked in time, or NULL */
+	char	   *upstream_error;	/* why its upstream has not supplied it, or NULL */
+	bool		unreachable;	/* ... that being that it could not be asked in time */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
 	Numeric		available;
 	Numeric		held;

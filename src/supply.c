@@ -165,8 +165,7 @@ lock_if_enough(Pool *pool, Numeric needed)
 
 /*
  * Waits until the pool has an amount, and returns whether it has, and the
- * account is locked. If it has not, pool->unsupplied is why, where an upstream
- * could not be asked in time.
+ * account is locked. If it has not, the pool knows why.
  */
 static bool
 wait_for_supply(Pool *pool, Numeric needed)
@@ -180,10 +179,15 @@ wait_for_supply(Pool *pool, Numeric needed)
 	{
 		DemandAnswer answer = demand_wait(account, credit, needed, until, error);
 
-		if (acquire_timeout > 0 && (answer == DEMAND_PENDING || answer == DEMAND_UNREACHABLE))
-			pool->unsupplied = pstrdup(error[0] ? error : "there was no answer in time");
-		if (answer != DEMAND_SUPPLIED || GetCurrentTimestamp() >= until)
-			return false;
+		if (answer == DEMAND_SUPPLIED && GetCurrentTimestamp() < until)
+			continue;
+		pool->unreachable = acquire_timeout > 0 &&
+			(answer == DEMAND_PENDING || answer == DEMAND_UNREACHABLE);
+		if (error[0])
+			pool->upstream_error = pstrdup(error);
+		else if (pool->unreachable)
+			pool->upstream_error = "there was no answer in time";
+		return false;
 	}
 	return true;
 }
@@ -193,26 +197,32 @@ wait_for_supply(Pool *pool, Numeric needed)
  *		Does reclaim_lock() with ACCOUNT_LOCK for a call that needs an amount,
  *		after it has waited, if need be, for the pool's upstream to supply it:
  *		at most as long as credit_lease.acquire_timeout says. A request whose
- *		key has had its effect does not wait.
+ *		key has had its effect does not wait. One that cannot has the upstream
+ *		asked all the same, for the next one.
  */
 void
 supply_lock(Pool *pool, const Request *request, Numeric needed)
 {
+	bool		old_snapshot = IsolationUsesXactSnapshot();
 	FirstCall	first;
+	char		error[DEMAND_MAX_ERROR];
 
-	/* in that order: an old snapshot is nothing to remember policies by */
-	if (IsolationUsesXactSnapshot() || !policy_has_server())
+	/* an old snapshot is nothing to remember policies by */
+	if (!old_snapshot && !policy_has_server())
 	{
 		reclaim_lock(pool, ACCOUNT_LOCK);
 		return;
 	}
-	if (lock_if_plenty(pool, needed))
+	if (!old_snapshot &&
+		(lock_if_plenty(pool, needed) ||
+		 (has_upstream(pool->account, pool->credit) && !is_held_by_us(pool->account) &&
+		  !request_find_first(request, false, &first) && wait_for_supply(pool, needed))))
 		return;
-	if (has_upstream(pool->account, pool->credit) &&
-		!is_held_by_us(pool->account) && !request_find_first(request, false, &first) &&
-		wait_for_supply(pool, needed))
-		return;
+
 	reclaim_lock(pool, ACCOUNT_LOCK);
+	if (!reclaim_cover(pool, needed) && has_upstream(pool->account, pool->credit))
+		demand_wait(text_to_cstring(pool->account), text_to_cstring(pool->credit), needed,
+					GetCurrentTimestamp(), error);
 }
 
 static const char *const answer_word[] = {"pending", "live", "no upstream", "refused", "unreachable"};

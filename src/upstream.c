@@ -375,7 +375,7 @@ read_key(const char *path)
 	int			file = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
 
 	if (file < 0 || fstat(file, &status) != 0)
-		bad_key_file("could not be opened");
+		bad_key_file(psprintf("could not be opened: %s", strerror(errno)));
 	if (!S_ISREG(status.st_mode))
 		bad_key_file("is not a regular file");
 	if (status.st_mode & (S_IRWXG | S_IRWXO))

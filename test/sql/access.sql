@@ -228,6 +228,21 @@ DROP OWNED BY regress_credit_lease_admin CASCADE;
 DROP SCHEMA hostile;
 DROP SERVER access_server;
 
+-- Who may read can read every one of them, whatever functions the views call.
+SET SESSION AUTHORIZATION regress_credit_lease_reader;
+DO $$
+DECLARE
+	name text;
+BEGIN
+	FOR name IN SELECT c.oid::regclass FROM pg_class c
+		WHERE c.relnamespace = 'credit_lease'::regnamespace AND c.relkind IN ('r', 'v')
+	LOOP
+		EXECUTE 'SELECT * FROM ' || name;
+	END LOOP;
+END
+$$;
+RESET SESSION AUTHORIZATION;
+
 --
 -- The ledger is append-only, for its owner and a superuser too, and where
 -- triggers are off for everybody else.

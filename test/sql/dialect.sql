@@ -35,7 +35,7 @@ BEGIN ATOMIC
 END;
 CREATE FUNCTION acme.api_outcome(operation text, request jsonb, status integer, reply jsonb) RETURNS jsonb LANGUAGE sql
 BEGIN ATOMIC
-  SELECT CASE WHEN status <> 200 THEN jsonb_build_object('error', reply->'message')
+  SELECT CASE WHEN status NOT BETWEEN 200 AND 299 THEN jsonb_build_object('error', reply->'message')
     ELSE jsonb_build_object('lease_id', reply->'lease', 'company_id', reply->'customer', 'credit_type_id', reply->'unit',
       'granted', reply->'total', 'expires_at', reply->'until', 'released_at', reply->'ended') END;
 END;

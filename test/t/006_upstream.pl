@@ -296,24 +296,30 @@ is(scalar(grep { $_->{body}{credit_type_id} eq 'well' } asked('acquire', 'acct:w
 # ---------------------------------------------------------------------------
 # No call waits that this could not help, and none longer than it may.
 
-account("acct:$_", 1000) for qw(own rr zero try replay);
+account("acct:$_", 1000) for qw(held rr zero try replay);
 at_once('a call whose transaction has the account', sub {
-	sql("BEGIN; SELECT lease_topup('acct:own', 'tokens', 1);");
-	fails("SELECT lease_consume('acct:own', 'tokens', 10);", 'LC001', qr/Available: 1, held: 0, requested: 10\./,
+	sql("BEGIN; SELECT lease_topup('acct:held', 'tokens', 1);");
+	fails("SELECT lease_consume('acct:held', 'tokens', 10);", 'LC001', qr/Available: 1, held: 0, requested: 10\./,
 		'a call whose transaction has the account is refused');
 	sql('ROLLBACK;');
 });
+becomes($node, "SELECT count(*) = 1 FROM credit_lease.open_lease WHERE account = 'acct:held' AND kind = 'upstream'",
+	'but the upstream is asked, for the next one');
 at_once('a call above READ COMMITTED', sub {
 	sql('BEGIN ISOLATION LEVEL REPEATABLE READ;');
 	fails("SELECT lease_consume('acct:rr', 'tokens', 10);", 'LC001', undef, 'a call above READ COMMITTED is refused');
 	sql('ROLLBACK;');
 });
+becomes($node, "SELECT count(*) = 1 FROM credit_lease.open_lease WHERE account = 'acct:rr' AND kind = 'upstream'",
+	'but the upstream is asked, for the next one');
 at_once('a call that may not wait', sub {
 	sql('SET credit_lease.acquire_timeout = 0;');
 	fails("SELECT lease_consume('acct:zero', 'tokens', 10);", 'LC001', undef, 'a call that may not wait is refused');
 	is(sql("SELECT applied, available FROM lease_try_consume('acct:zero', 'tokens', 10);"), 'f|0', '... or returns so');
 	sql('RESET credit_lease.acquire_timeout;');
 });
+becomes($node, "SELECT count(*) = 1 FROM credit_lease.open_lease WHERE account = 'acct:zero' AND kind = 'upstream'",
+	'but the upstream is asked, for the next one');
 at_once('what was done before', sub {
 	sql("SELECT lease_consume('acct:replay', 'tokens', 100, 'key');");
 	$upstream->fault(fault => 'hang', company_id => 'acct:replay', times => undef);
@@ -344,7 +350,7 @@ is(sql("SELECT applied FROM lease_reserve('acct:hangs', 'tokens', 10, min_amount
 
 at_once('a refusal', sub {
 	account('acct:poor', 0);
-	fails("SELECT lease_consume('acct:poor', 'tokens', 10);", 'LC001', qr/Available: 0, held: 0, requested: 10\./,
+	fails("SELECT lease_consume('acct:poor', 'tokens', 10);", 'LC001', qr/Available: 0, held: 0, requested: 10; upstream: status 400: the company has no credit left\./,
 		'a call is refused as the upstream refuses');
 	is(sql("SELECT applied FROM lease_try_consume('acct:poor', 'tokens', 10);"), 'f', 'or returns so');
 });
@@ -435,7 +441,7 @@ sub over_it
 		if ($ill->{error})
 		{
 			like(last_error($ill->{name}), $ill->{error}, "$ill->{name}: and shown");
-			ok(slurp_file($node->logfile) =~ /LOG:  .*upstream "\Q$ill->{name}\E" (failed to|was not taken)/, "$ill->{name}: and logged");
+			ok(slurp_file($node->logfile) =~ /LOG:  .*upstream "\Q$ill->{name}\E" .*(failed to|was not taken)/, "$ill->{name}: and logged");
 		}
 		else
 		{
@@ -515,7 +521,7 @@ my %bad_key = (
 	'empty key' => [ $upstream->key_file(''), qr/^the API key file is empty$/ ],
 	'two words' => [ $upstream->key_file('a key'), qr/^the API key file must be one line of visible ASCII characters$/ ],
 	'public key' => [ $upstream->key_file($api_key), qr/^the API key file must not be accessible by group or others$/ ],
-	'missing key' => [ '/nowhere/key', qr/^the API key file could not be opened$/ ],
+	'missing key' => [ '/nowhere/key', qr/^the API key file could not be opened: No such file or directory$/ ],
 	'directory' => [ $node->basedir, qr/^the API key file is not a regular file$/ ]);
 chmod 0640, $bad_key{'public key'}[0];
 for my $server (sort keys %bad_key)
