@@ -62,10 +62,14 @@
 	" idempotency_key = excluded.idempotency_key, next_try_at = excluded.next_try_at, refused = false" \
 	" WHERE (r.refused AND r.next_try_at <= excluded.next_try_at) OR r.server <> excluded.server"
 
-/* Requests that nobody needs any more */
+/*
+ * Requests that nobody needs any more. A lease may live longer upstream than
+ * we know, so that its release is asked for beyond its end.
+ */
 static Statement clean_statement = {
 	.sql = "DELETE FROM credit_lease.upstream_request r"
-	" WHERE (r.kind IN ('acquire', 'release') AND r.expires_at <= $1)"
+	" WHERE (r.kind = 'acquire' AND r.expires_at <= $1)"
+	" OR (r.kind = 'release' AND r.expires_at <= $1 - '1 day'::pg_catalog.interval)"
 	" OR (r.refused AND r.next_try_at <= $1 - '1 minute'::pg_catalog.interval)"
 	" OR (r.kind = 'extend' AND NOT EXISTS (SELECT FROM credit_lease.tranche t"
 	"  WHERE t.account = r.account AND t.credit = r.credit AND t.kind = 'upstream' AND t.lease_id = r.lease_id"
