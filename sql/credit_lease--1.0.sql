@@ -427,7 +427,7 @@ CREATE TYPE credit_lease.upstream_result AS (server text, in_flight integer, suc
 	latency interval, back_off_until timestamptz, last_success_at timestamptz, last_error_at timestamptz, last_error text);
 COMMENT ON TYPE credit_lease.upstream_result IS 'what lease_upstreams() returns';
 CREATE FUNCTION credit_lease.lease_upstreams() RETURNS SETOF credit_lease.upstream_result
-	LANGUAGE c VOLATILE PARALLEL RESTRICTED AS 'MODULE_PATHNAME'
+	LANGUAGE c VOLATILE PARALLEL RESTRICTED ROWS 4 AS 'MODULE_PATHNAME'
 	SET search_path = pg_catalog, pg_temp;
 COMMENT ON FUNCTION credit_lease.lease_upstreams() IS 'what the worker of this database tells of the upstreams that it has asked since it started';
 

@@ -40,9 +40,13 @@
 /* An amount as text: no more digits than an amount may have, a sign and a point. */
 #define MAX_AMOUNT	64
 
+/* A worker that is longer at one thing is not waited for. */
+#define LONGEST_NOTICE_MS	1000
+
 typedef struct Place
 {
 	Oid			database;		/* of the session; InvalidOid while none has waited */
+	bool		seen;			/* the worker knows */
 	DemandAnswer answer;
 	char		account[DEMAND_MAX_NAME + 1];
 	char		credit[DEMAND_MAX_NAME + 1];
@@ -104,9 +108,12 @@ my_place(void)
 	return &places[MyProc - ProcGlobal->allProcs];
 }
 
-/* Waits for the answer, which stays DEMAND_PENDING if there is none in time. */
+/*
+ * Waits for the answer, which stays DEMAND_PENDING if there is none in time;
+ * or only until the worker knows.
+ */
 static DemandAnswer
-wait_for_answer(TimestampTz until, char *error)
+wait_for_answer(TimestampTz until, bool until_seen, char *error)
 {
 	Place	   *place = my_place();
 	uint32		wait_event = WaitEventExtensionNew("CreditLeaseSupply");
@@ -114,20 +121,45 @@ wait_for_answer(TimestampTz until, char *error)
 	for (;;)
 	{
 		DemandAnswer answer;
+		bool		seen;
 		long		milliseconds;
 
 		LWLockAcquire(lock, LW_SHARED);
 		answer = place->answer;
+		seen = place->seen;
 		strlcpy(error, place->error, DEMAND_MAX_ERROR);
 		LWLockRelease(lock);
 		milliseconds = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
-		if (answer != DEMAND_PENDING || milliseconds <= 0)
+		if (answer != DEMAND_PENDING || (until_seen && seen) || milliseconds <= 0)
 			return answer;
 
 		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, milliseconds, wait_event);
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}
+}
+
+/* Tells the worker what this session waits for; returns whether there is one. */
+static bool
+post(const char *account, const char *credit, Numeric amount)
+{
+	char	   *digits = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(amount)));
+	Place	   *place;
+
+	if (places == NULL || !worker_state_wake(0))
+		return false;
+
+	place = my_place();
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	place->database = MyDatabaseId;
+	place->seen = false;
+	place->answer = DEMAND_PENDING;
+	place->error[0] = '\0';
+	strlcpy(place->account, account, sizeof(place->account));
+	strlcpy(place->credit, credit, sizeof(place->credit));
+	strlcpy(place->amount, digits, sizeof(place->amount));
+	LWLockRelease(lock);
+	return worker_state_wake(0);
 }
 
 /*
@@ -141,28 +173,28 @@ wait_for_answer(TimestampTz until, char *error)
 DemandAnswer
 demand_wait(const char *account, const char *credit, Numeric amount, TimestampTz until, char *error)
 {
-	Place	   *place;
-	char	   *digits = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(amount)));
-
-	error[0] = '\0';
-	if (places == NULL || !worker_state_wake(0))
+	if (!post(account, credit, amount))
 	{
 		strlcpy(error, "no worker runs in this database", DEMAND_MAX_ERROR);
 		return DEMAND_UNREACHABLE;
 	}
+	return wait_for_answer(until, false, error);
+}
 
-	place = my_place();
-	LWLockAcquire(lock, LW_EXCLUSIVE);
-	place->database = MyDatabaseId;
-	place->answer = DEMAND_PENDING;
-	place->error[0] = '\0';
-	strlcpy(place->account, account, sizeof(place->account));
-	strlcpy(place->credit, credit, sizeof(place->credit));
-	strlcpy(place->amount, digits, sizeof(place->amount));
-	LWLockRelease(lock);
+/*
+ * demand_ask
+ *		Does not wait for the answer, but until the worker knows of the demand,
+ *		so that the session can make another one; that takes it no longer than
+ *		what it is doing.
+ */
+void
+demand_ask(const char *account, const char *credit, Numeric amount)
+{
+	char		error[DEMAND_MAX_ERROR];
 
-	worker_state_wake(0);
-	return wait_for_answer(until, error);
+	if (post(account, credit, amount))
+		wait_for_answer(TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LONGEST_NOTICE_MS),
+						true, error);
 }
 
 static void
@@ -203,11 +235,14 @@ demand_collect(void)
 		/* a glance without the lock: who has just come wakes the worker after it */
 		if (places[i].database != MyDatabaseId)
 			continue;
-		LWLockAcquire(lock, LW_SHARED);
+		LWLockAcquire(lock, LW_EXCLUSIVE);
 		*copy = places[i];
+		places[i].seen = true;
 		LWLockRelease(lock);
 		if (copy->database != MyDatabaseId || copy->answer != DEMAND_PENDING)
 			continue;
+		if (!copy->seen)
+			SetLatch(&ProcGlobal->allProcs[i].procLatch);
 
 		demand = palloc(sizeof(Demand));
 		demand->account = pstrdup(copy->account);

@@ -28,6 +28,7 @@ typedef struct Demand
 /* The waiting session's side */
 extern DemandAnswer demand_wait(const char *account, const char *credit, Numeric amount,
 								TimestampTz until, char *error);
+extern void demand_ask(const char *account, const char *credit, Numeric amount);
 extern void demand_at_commit(int reason);
 
 /* The worker's side */

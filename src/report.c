@@ -51,21 +51,23 @@
 /*
  * Up to each entry so much has to be reported: the least that is spent there
  * or after any later entry, above what is owed. So a refund takes off what was
- * spent before it, as long as that has not been reported.
+ * spent before it, as long as that has not been reported. The leases that have
+ * not been read for longest come first.
  */
 static Statement collect_statement = {
+	.custom = true,
 	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, u.server, u.lease_id,"
 	"  coalesce(u.company_id, p.company_id) AS company_id, p.event"
 	"  FROM (SELECT i.*, t.server, t.lease_id FROM credit_lease.lease_usage i JOIN credit_lease.tranche t"
 	"    ON t.account = i.account AND t.credit = i.credit AND t.tranche_id = i.tranche_id"
-	"   WHERE NOT i.complete AND t.consumed <> i.consumed LIMIT $1) u, credit_lease.lease_policy(u.account, u.credit) p),"
+	"   WHERE NOT i.complete AND t.consumed <> i.consumed ORDER BY i.entry_id LIMIT $1) u, credit_lease.lease_policy(u.account, u.credit) p),"
 	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at,"
 	"   pg_catalog.sum(m.consumed) OVER (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id) AS total"
 	"  FROM lease l, LATERAL (SELECT v.entry_id AS id, v.consumed, v.created_at FROM credit_lease.movement v"
 	"   WHERE v.account = l.account AND v.entry_id > l.entry_id AND v.tranche_id = l.tranche_id AND v.consumed <> 0"
 	"   ORDER BY v.entry_id LIMIT $2) m),"
 	" due AS (SELECT e.*, greatest(pg_catalog.min(e.total - e.owed) OVER (PARTITION BY e.account, e.credit, e.tranche_id"
-	"   ORDER BY e.id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING), 0) AS reported FROM entry e),"
+	"   ORDER BY e.id DESC), 0) AS reported FROM entry e),"
 	" report AS (INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
 	"   company_id, event, quantity, created_at, lane)"
 	"  SELECT d.account, d.id, d.credit, d.tranche_id, d.server, d.lease_id, d.company_id, d.event, d.quantity,"
@@ -83,6 +85,7 @@ static Statement collect_statement = {
 };
 
 static Statement complete_statement = {
+	.custom = true,
 	.sql = "UPDATE credit_lease.lease_usage u SET complete = true FROM credit_lease.tranche t"
 	" WHERE t.account = u.account AND t.credit = u.credit AND t.tranche_id = u.tranche_id"
 	" AND NOT u.complete AND NOT t.open AND t.consumed = u.consumed"
@@ -93,6 +96,7 @@ static Statement complete_statement = {
 
 /* The next reports of each lane that is free. */
 static Statement due_statement = {
+	.custom = true,
 	.sql = "SELECT s.server, n.lane, b.accounts, b.entry_ids, b.n,"
 	" pg_catalog.jsonb_build_object('idempotency_key', pg_catalog.gen_random_uuid(), 'events', b.events)"
 	" FROM (SELECT p.srvname::pg_catalog.text COLLATE \"C\" AS server FROM pg_catalog.pg_foreign_server p"
@@ -115,6 +119,7 @@ static Statement due_statement = {
 };
 
 static Statement taken_statement = {
+	.custom = true,
 	.sql = "DELETE FROM credit_lease.usage_report r USING unnest($1, $2) AS t (account, entry_id)"
 	" WHERE r.account = t.account AND r.entry_id = t.entry_id",
 	.nargs = 2,
@@ -122,6 +127,7 @@ static Statement taken_statement = {
 };
 
 static Statement refused_statement = {
+	.custom = true,
 	.sql = "UPDATE credit_lease.usage_report r SET lane = $4, error = $3, refused_at = $5"
 	" FROM unnest($1, $2) AS t (account, entry_id)"
 	" WHERE r.account = t.account AND r.entry_id = t.entry_id",

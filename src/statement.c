@@ -5,8 +5,9 @@
  * All access to tables is SQL through SPI, so that triggers and logical
  * decoding see everything and the same statements run on a distributed table.
  * A plan is made at its first use in a session and kept; PostgreSQL replans it
- * when what it depends on changes. Generic plans only: every statement names
- * its keys with equality, so no parameter's value makes another plan better.
+ * when what it depends on changes. Generic plans, but where a statement says
+ * otherwise: it names its keys with equality, so no parameter's value makes
+ * another plan better.
  */
 #include "postgres.h"
 
@@ -88,7 +89,7 @@ make_plan(Statement *statement)
 	if (statement->plan)
 		return;
 	plan = SPI_prepare_cursor(statement->sql, statement->nargs, statement->argtypes,
-							  CURSOR_OPT_GENERIC_PLAN);
+							  statement->custom ? CURSOR_OPT_CUSTOM_PLAN : CURSOR_OPT_GENERIC_PLAN);
 	if (plan == NULL)
 		elog(ERROR, "could not prepare \"%s\": %s", statement->sql,
 			 SPI_result_code_string(SPI_result));

@@ -9,7 +9,8 @@
 /*
  * One SQL statement and its kept plan. Declared static where it is used; what
  * is not named starts as zero. read_only is for functions that are STABLE:
- * the statement then sees what the query that called them sees.
+ * the statement then sees what the query that called them sees. custom is for
+ * statements about many rows, whose best plan depends on how many there are.
  */
 typedef struct Statement
 {
@@ -17,6 +18,7 @@ typedef struct Statement
 	int			nargs;
 	Oid			argtypes[STATEMENT_MAX_ARGS];
 	bool		read_only;
+	bool		custom;
 	SPIPlanPtr	plan;
 } Statement;
 

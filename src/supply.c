@@ -38,9 +38,6 @@
 
 static int	acquire_timeout;
 
-/* Within that the worker has usually seen what a session waits for. */
-#define NOTICE_MS	50
-
 /* How many calls that come at once may take as much without one of them being short */
 #define PLENTY	"64"
 
@@ -255,7 +252,6 @@ lease_prewarm(PG_FUNCTION_ARGS)
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
 	text	   *account = argument_text(fcinfo, 0, "account");
 	TimestampTz until;
-	TimestampTz soon;
 	Datum	   *credit;
 	bool	   *null;
 	int			ncredits;
@@ -279,13 +275,16 @@ lease_prewarm(PG_FUNCTION_ARGS)
 		until = instant_add(GetCurrentTimestamp(), argument_optional_ttl(fcinfo, 2, "wait", clock_now()));
 
 	/* first let the worker know of all, so that they are asked for at once */
-	soon = Min(until, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), NOTICE_MS));
-	for (int i = 0; i < ncredits; i++)
-		prewarm(account, DatumGetTextPP(credit[i]), soon);
-
 	statement_begin();
+	for (int i = 0; i < ncredits; i++)
+	{
+		text	   *name = DatumGetTextPP(credit[i]);
+
+		if (has_upstream(account, name))
+			demand_ask(text_to_cstring(account), text_to_cstring(name), amount_zero());
+	}
 	if (IsolationUsesXactSnapshot() || is_held_by_us(account))
-		until = soon;
+		until = GetCurrentTimestamp();
 	SPI_finish();
 	InitMaterializedSRF(fcinfo, 0);
 	for (int i = 0; i < ncredits; i++)

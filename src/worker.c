@@ -91,8 +91,9 @@ static uint32 wait_event;
 static List *exchanges = NIL;
 static List *answered = NIL;
 
-/* The options of a server or of a user mapping have changed. */
+/* The options of a server or of a user mapping have changed, or the settings have. */
 static bool upstreams_changed = false;
+static bool settings_changed = false;
 
 static Statement sweep_statement = {
 	.sql = "SELECT credit_lease.lease_reclaim($1)",
@@ -339,7 +340,7 @@ pause_for(long milliseconds)
 	if (ConfigReloadPending)
 	{
 		reload();
-		upstreams_changed = true;
+		upstreams_changed = settings_changed = true;
 	}
 }
 
@@ -433,6 +434,9 @@ worker_main(Datum arg)
 		}
 
 		now = GetCurrentTimestamp();
+		if (settings_changed)
+			next_sweep = next_look = 0;
+		settings_changed = false;
 		if (now >= next_sweep)
 		{
 			holds = sweep();
