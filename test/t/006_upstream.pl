@@ -315,7 +315,7 @@ becomes($node, "SELECT count(*) = 1 FROM credit_lease.open_lease WHERE account =
 at_once('a call that may not wait', sub {
 	sql('SET credit_lease.acquire_timeout = 0;');
 	fails("SELECT lease_consume('acct:zero', 'tokens', 10);", 'LC001', undef, 'a call that may not wait is refused');
-	is(sql("SELECT applied, available FROM lease_try_consume('acct:zero', 'tokens', 10);"), 'f|0', '... or returns so');
+	is(sql("SELECT applied, available FROM lease_try_consume('acct:try', 'tokens', 10);"), 'f|0', '... or returns so');
 	sql('RESET credit_lease.acquire_timeout;');
 });
 becomes($node, "SELECT count(*) = 1 FROM credit_lease.open_lease WHERE account = 'acct:zero' AND kind = 'upstream'",
