@@ -21,8 +21,8 @@
  *				what the worker asks of upstreams and makes of the answers, and what it reports
  *	exchange.c, http.c, upstream.c, upstream_state.c
  *				a request and its reply; HTTP; what a server is; how it is getting on
- *	demand.c, guard.c
- *				what sessions and their worker tell each other; work that may fail
+ *	demand.c, shared_memory.c, guard.c
+ *				what sessions and their worker tell each other, and where; work that may fail
  *	amount.c, clock.c
  *				exact amounts, and the time
  *

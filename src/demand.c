@@ -22,17 +22,16 @@
 #include "access/xact.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
-#include "storage/ipc.h"
 #include "storage/latch.h"
 #include "storage/lwlock.h"
 #include "storage/proc.h"
-#include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
 #include "demand.h"
+#include "shared_memory.h"
 #include "worker_state.h"
 
 #define LOCK_NAME	"credit_lease_demand"
@@ -56,8 +55,6 @@ typedef struct Place
 
 static Place *places = NULL;	/* one for each process that can be connected */
 static LWLock *lock;
-static shmem_request_hook_type previous_shmem_request = NULL;
-static shmem_startup_hook_type previous_shmem_startup = NULL;
 
 /* What the transaction leaves to the worker */
 static int	wake_for = 0;
@@ -68,38 +65,11 @@ size(void)
 	return mul_size(sizeof(Place), MaxBackends);
 }
 
-static void
-shmem_request(void)
-{
-	if (previous_shmem_request)
-		previous_shmem_request();
-	RequestAddinShmemSpace(size());
-	RequestNamedLWLockTranche(LOCK_NAME, 1);
-}
-
-static void
-shmem_startup(void)
-{
-	bool		found;
-
-	if (previous_shmem_startup)
-		previous_shmem_startup();
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	places = ShmemInitStruct("credit_lease demand", size(), &found);
-	if (!found)
-		memset(places, 0, size());
-	lock = &GetNamedLWLockTranche(LOCK_NAME)->lock;
-	LWLockRelease(AddinShmemInitLock);
-}
-
 /* Asks for the shared memory; to be called while the library is preloaded. */
 void
 demand_request(void)
 {
-	previous_shmem_request = shmem_request_hook;
-	shmem_request_hook = shmem_request;
-	previous_shmem_startup = shmem_startup_hook;
-	shmem_startup_hook = shmem_startup;
+	shared_memory_request(LOCK_NAME, size, (void **) &places, &lock);
 }
 
 static Place *

@@ -14,12 +14,11 @@
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
-#include "storage/ipc.h"
 #include "storage/lwlock.h"
-#include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "shared_memory.h"
 #include "upstream_state.h"
 
 #define LOCK_NAME	"credit_lease_upstream"
@@ -46,41 +45,18 @@ typedef struct UpstreamSlot
 
 static UpstreamSlot *slots = NULL;
 static LWLock *lock;
-static shmem_request_hook_type previous_shmem_request = NULL;
-static shmem_startup_hook_type previous_shmem_startup = NULL;
 
-static void
-shmem_request(void)
+static Size
+size(void)
 {
-	if (previous_shmem_request)
-		previous_shmem_request();
-	RequestAddinShmemSpace(sizeof(UpstreamSlot) * UPSTREAMS);
-	RequestNamedLWLockTranche(LOCK_NAME, 1);
-}
-
-static void
-shmem_startup(void)
-{
-	bool		found;
-
-	if (previous_shmem_startup)
-		previous_shmem_startup();
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	slots = ShmemInitStruct("credit_lease upstream", sizeof(UpstreamSlot) * UPSTREAMS, &found);
-	if (!found)
-		memset(slots, 0, sizeof(UpstreamSlot) * UPSTREAMS);
-	lock = &GetNamedLWLockTranche(LOCK_NAME)->lock;
-	LWLockRelease(AddinShmemInitLock);
+	return sizeof(UpstreamSlot) * UPSTREAMS;
 }
 
 /* Asks for the shared memory; to be called while the library is preloaded. */
 void
 upstream_state_request(void)
 {
-	previous_shmem_request = shmem_request_hook;
-	shmem_request_hook = shmem_request;
-	previous_shmem_startup = shmem_startup_hook;
-	shmem_startup_hook = shmem_startup;
+	shared_memory_request(LOCK_NAME, size, (void **) &slots, &lock);
 }
 
 /*

@@ -21,13 +21,13 @@
 #include "storage/latch.h"
 #include "storage/lwlock.h"
 #include "storage/proc.h"
-#include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 
 #include "compat.h"
+#include "shared_memory.h"
 #include "worker_state.h"
 
 /* How long a worker keeps away from a database that is about to be dropped. */
@@ -51,41 +51,18 @@ typedef struct WorkerSlot
 static WorkerSlot *slots = NULL;
 static LWLock *lock;
 static char *databases;
-static shmem_request_hook_type previous_shmem_request = NULL;
-static shmem_startup_hook_type previous_shmem_startup = NULL;
 
-static void
-shmem_request(void)
+static Size
+size(void)
 {
-	if (previous_shmem_request)
-		previous_shmem_request();
-	RequestAddinShmemSpace(sizeof(WorkerSlot) * WORKER_SLOTS);
-	RequestNamedLWLockTranche("credit_lease", 1);
-}
-
-static void
-shmem_startup(void)
-{
-	bool		found;
-
-	if (previous_shmem_startup)
-		previous_shmem_startup();
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	slots = ShmemInitStruct("credit_lease", sizeof(WorkerSlot) * WORKER_SLOTS, &found);
-	if (!found)
-		memset(slots, 0, sizeof(WorkerSlot) * WORKER_SLOTS);
-	lock = &GetNamedLWLockTranche("credit_lease")->lock;
-	LWLockRelease(AddinShmemInitLock);
+	return sizeof(WorkerSlot) * WORKER_SLOTS;
 }
 
 /* Asks for the shared memory; to be called while the library is preloaded. */
 void
 worker_state_request(void)
 {
-	previous_shmem_request = shmem_request_hook;
-	shmem_request_hook = shmem_request;
-	previous_shmem_startup = shmem_startup_hook;
-	shmem_startup_hook = shmem_startup;
+	shared_memory_request("credit_lease", size, (void **) &slots, &lock);
 }
 
 /* Returns the names in a list of databases; false where it is none, or too long. */
