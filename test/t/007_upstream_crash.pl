@@ -37,12 +37,23 @@ sub sql
 	return $node->safe_psql($dbname // 'postgres', "SET search_path = credit_lease, public; $sql");
 }
 
-# Returns the requests of a kind that concern a company.
+# Returns a company's events among those of a request.
+sub events_of
+{
+	my ($company, $request) = @_;
+
+	return grep { $_->{body}{company}{id} eq $company } @{ $request->{body}{events} };
+}
+
+# Returns the requests of a kind that concern a company. Events come together
+# with those of others.
 sub asked
 {
 	my ($kind, $company) = @_;
 
-	return grep { $_->{kind} eq $kind && ($_->{company_id} // '') eq $company } $upstream->requests;
+	return grep {
+		$_->{kind} eq $kind && ($kind eq 'events' ? events_of($company, $_) : ($_->{company_id} // '') eq $company)
+	} $upstream->requests;
 }
 
 # Returns the keys of a company's events, as often as they came.
@@ -50,8 +61,7 @@ sub reported
 {
 	my ($company) = @_;
 
-	return map { $_->{idempotency_key} } grep { $_->{body}{company}{id} eq $company }
-	  map { @{ $_->{body}{events} } } grep { $_->{kind} eq 'events' } $upstream->requests;
+	return map { $_->{idempotency_key} } map { events_of($company, $_) } asked('events', $company);
 }
 
 # Waits until something is true.
