@@ -7,9 +7,10 @@
  * every routine has a fixed search_path; nothing is granted to PUBLIC; every
  * table and sequence is dumped with its rows; every object has a comment.
  *
- * Every statement in the C sources names account with equality, and account
- * leads every key: it is the lock scope, the idempotency scope and the shard
- * key.
+ * Every statement of a call names account with equality, and account is in
+ * every key: it is the lock scope, the idempotency scope and the shard key.
+ * What sweeps or supplies all accounts lists candidates first, and then takes
+ * them one by one.
  */
 
 -- complain if the script is sourced in psql rather than by CREATE EXTENSION
@@ -71,8 +72,7 @@ ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche
 -- No index holds a column that a spend changes, so that spends stay HOT.
 CREATE INDEX tranche_open ON credit_lease.tranche (account, credit, tranche_id) WHERE open;
 CREATE INDEX tranche_expiry ON credit_lease.tranche (expires_at) WHERE open;
-CREATE UNIQUE INDEX tranche_lease ON credit_lease.tranche (account, credit, lease_id) WHERE kind = 'upstream';
-CREATE INDEX tranche_lease_id ON credit_lease.tranche (lease_id) WHERE kind = 'upstream';
+CREATE UNIQUE INDEX tranche_lease ON credit_lease.tranche (lease_id, account, credit) WHERE kind = 'upstream';
 CREATE INDEX tranche_leased ON credit_lease.tranche (expires_at) WHERE kind = 'upstream' AND released_at IS NULL;
 CREATE INDEX tranche_slot ON credit_lease.tranche (account, credit, expires_at) WHERE kind = 'upstream';
 
@@ -96,8 +96,7 @@ COMMENT ON COLUMN credit_lease.tranche.returned IS 'given back to where it was l
 COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment';
 COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool can draw on';
 COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
-COMMENT ON INDEX credit_lease.tranche_lease IS 'a lease is installed once in its pool, for ever';
-COMMENT ON INDEX credit_lease.tranche_lease_id IS 'the worker: a lease is not for two pools';
+COMMENT ON INDEX credit_lease.tranche_lease IS 'a lease is installed once in its pool, for ever; and is not for two pools';
 COMMENT ON INDEX credit_lease.tranche_leased IS 'the leases that are alive';
 COMMENT ON INDEX credit_lease.tranche_slot IS 'the leases of a pool that are alive, used up or not';
 
