@@ -117,6 +117,14 @@ CREATE TABLE credit_lease.reservation (
 	shortfall numeric,
 	overage text,
 	end_entry_id bigint,
+	feature text,
+	quantity numeric,
+	rate numeric,
+	unit numeric,
+	event text,
+	tracked numeric,
+	traits jsonb,
+	track_entry_id bigint,
 	PRIMARY KEY (account, reservation_id),
 	CHECK (status IN ('held', 'settled', 'cancelled', 'expired'))
 );
@@ -128,11 +136,18 @@ COMMENT ON TABLE credit_lease.reservation IS 'holds and how each ended: settled,
 COMMENT ON COLUMN credit_lease.reservation.amount IS 'what is or was held, added amounts included';
 COMMENT ON COLUMN credit_lease.reservation.tranche_ids IS 'the tranches it came from';
 COMMENT ON COLUMN credit_lease.reservation.tranche_amounts IS 'how much came from each of them';
-COMMENT ON COLUMN credit_lease.reservation.consumed IS 'spent by the settlement, overage included';
+COMMENT ON COLUMN credit_lease.reservation.consumed IS 'spent by the settlement, overage included; or by lease_track() after it had expired';
 COMMENT ON COLUMN credit_lease.reservation.refunded IS 'came back to what the pool can spend; what came back to an expired or released tranche did not';
 COMMENT ON COLUMN credit_lease.reservation.shortfall IS 'asked for at settlement and not there';
 COMMENT ON COLUMN credit_lease.reservation.overage IS 'the overage word of the settlement';
 COMMENT ON COLUMN credit_lease.reservation.end_entry_id IS 'the first ledger entry of the call that ended it';
+COMMENT ON COLUMN credit_lease.reservation.feature IS 'what lease_check() was asked for; NULL for any other hold';
+COMMENT ON COLUMN credit_lease.reservation.quantity IS 'how much of it, in units of the feature';
+COMMENT ON COLUMN credit_lease.reservation.rate IS 'what a unit costs, from the check to the end';
+COMMENT ON COLUMN credit_lease.reservation.unit IS 'what the cost is rounded up to a multiple of';
+COMMENT ON COLUMN credit_lease.reservation.event IS 'what the usage is reported as';
+COMMENT ON COLUMN credit_lease.reservation.tracked IS 'the quantity that lease_track() was told; NULL until then';
+COMMENT ON COLUMN credit_lease.reservation.track_entry_id IS 'the first ledger entry of lease_track(), or a number between those before and after it';
 COMMENT ON INDEX credit_lease.reservation_held IS 'the holds of a pool by expiry';
 COMMENT ON INDEX credit_lease.reservation_expiry IS 'the sweep: expired holds of every pool';
 
@@ -163,9 +178,9 @@ ALTER SEQUENCE credit_lease.entry_id_seq OWNED BY credit_lease.ledger.entry_id;
 CREATE UNIQUE INDEX ledger_key ON credit_lease.ledger (account, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
 COMMENT ON TABLE credit_lease.ledger IS 'append-only: one row for each tranche that a call touched';
-COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, cancel, expire, refund, adjust, install, extend or release';
+COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, track, cancel, expire, refund, adjust, install, extend or release';
 COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back, returned; negative only where an adjustment took away';
-COMMENT ON COLUMN credit_lease.ledger.released IS 'settle: what came back to the pool; negative for what was taken from it above the hold';
+COMMENT ON COLUMN credit_lease.ledger.released IS 'settle, track: what came back to the pool; negative for what was taken from it above the hold';
 COMMENT ON COLUMN credit_lease.ledger.lapsed IS 'what came back to the tranche after it had expired, and expired with it';
 COMMENT ON COLUMN credit_lease.ledger.returned IS 'what came back to the tranche after its lease was released, and was returned with it';
 COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call';
@@ -215,6 +230,8 @@ CREATE TABLE credit_lease.policy (
 	low_water_mark numeric CHECK (low_water_mark >= 0 AND low_water_mark < 1),
 	safety_margin interval CHECK (safety_margin >= '0' AND safety_margin <= '1 day'),
 	hold_ttl interval CHECK (hold_ttl > '0' AND hold_ttl <= '10 years'),
+	failure_mode text CHECK (failure_mode IN ('closed', 'open')),
+	smallest_unit numeric CHECK (smallest_unit >= 1e-12 AND smallest_unit < 1e26 AND min_scale(smallest_unit) <= 12),
 	UNIQUE NULLS NOT DISTINCT (account, credit)
 );
 COMMENT ON TABLE credit_lease.policy IS 'settings by pool: NULL stands for every account, every credit; for each setting the most specific row that has a value decides, the account before the credit; see lease_policy()';
@@ -227,6 +244,32 @@ COMMENT ON COLUMN credit_lease.policy.lease_duration IS 'for how long; 5 minutes
 COMMENT ON COLUMN credit_lease.policy.low_water_mark IS 'more is asked for when no more than this part of what the last grant left remains; 0.25 where no row says';
 COMMENT ON COLUMN credit_lease.policy.safety_margin IS 'how long before its end a lease stops serving, for clocks that disagree; 0 where no row says';
 COMMENT ON COLUMN credit_lease.policy.hold_ttl IS 'how long a hold lives when the call does not say; 60 seconds where no row does';
+COMMENT ON COLUMN credit_lease.policy.failure_mode IS 'closed: lease_check() denies who has not enough credit; open: it lets them pass; closed where no row says';
+COMMENT ON COLUMN credit_lease.policy.smallest_unit IS 'lease_check() and lease_track() round amounts up to a multiple of it; 0.000000000001 where no row says';
+
+-- A rule is kept by its name: a regprocedure would stand in the way of
+-- pg_upgrade.
+CREATE TABLE credit_lease.meter (
+	feature text COLLATE "C" NOT NULL CHECK (octet_length(feature) BETWEEN 1 AND 512),
+	credit text COLLATE "C" CHECK (octet_length(credit) BETWEEN 1 AND 512),
+	rate numeric CHECK (rate > 0 AND rate < 1e26 AND min_scale(rate) <= 24),
+	event text CHECK (octet_length(event) BETWEEN 1 AND 512),
+	preference integer NOT NULL DEFAULT 100,
+	valid_from timestamptz NOT NULL DEFAULT '-infinity',
+	valid_until timestamptz,
+	rule text,
+	UNIQUE NULLS NOT DISTINCT (feature, credit, valid_from),
+	CHECK ((credit IS NULL) = (rate IS NULL)),
+	CHECK (valid_from < valid_until)
+);
+COMMENT ON TABLE credit_lease.meter IS 'what a unit of a feature costs: a row for each credit that may pay for it; of rows for the same credit the latest that is valid counts';
+COMMENT ON COLUMN credit_lease.meter.credit IS 'NULL for a feature that costs nothing, where the rule alone decides';
+COMMENT ON COLUMN credit_lease.meter.rate IS 'credits for one unit';
+COMMENT ON COLUMN credit_lease.meter.event IS 'what the usage is reported as; what the policy says where it is NULL';
+COMMENT ON COLUMN credit_lease.meter.preference IS 'where several credits would do, the lowest pays';
+COMMENT ON COLUMN credit_lease.meter.valid_from IS 'from this instant on it is what new holds are made by';
+COMMENT ON COLUMN credit_lease.meter.valid_until IS 'until before this instant; NULL for ever';
+COMMENT ON COLUMN credit_lease.meter.rule IS 'a function, with its schema: (account text, feature text, quantity numeric, available numeric, subject jsonb) returning (allowed boolean, reason text); it runs as whoever calls lease_check()';
 
 -- What is to be asked of an upstream: committed before it is asked, removed
 -- with the transaction that takes in the answer.
@@ -264,6 +307,7 @@ CREATE TABLE credit_lease.lease_usage (
 	entry_id bigint NOT NULL DEFAULT 0,
 	consumed numeric NOT NULL DEFAULT 0,
 	owed numeric NOT NULL DEFAULT 0,
+	upstream_balance numeric,
 	complete boolean NOT NULL DEFAULT false,
 	PRIMARY KEY (account, credit, tranche_id)
 );
@@ -273,6 +317,7 @@ COMMENT ON COLUMN credit_lease.lease_usage.company_id IS 'the upstream''s name o
 COMMENT ON COLUMN credit_lease.lease_usage.entry_id IS 'entries up to this one have been read';
 COMMENT ON COLUMN credit_lease.lease_usage.consumed IS 'their sum: what was spent of the lease, less refunds';
 COMMENT ON COLUMN credit_lease.lease_usage.owed IS 'refunded after it was reported: taken off the next reports of the lease';
+COMMENT ON COLUMN credit_lease.lease_usage.upstream_balance IS 'what the upstream had beyond the lease when it last said so; 0 when it granted less than it was asked for';
 COMMENT ON COLUMN credit_lease.lease_usage.complete IS 'the lease has ended and all its usage has been read';
 COMMENT ON INDEX credit_lease.lease_usage_incomplete IS 'the worker: leases that may have usage to report';
 
@@ -280,13 +325,15 @@ CREATE TABLE credit_lease.usage_report (
 	account text COLLATE "C" NOT NULL,
 	entry_id bigint NOT NULL,
 	credit text COLLATE "C" NOT NULL,
-	tranche_id bigint NOT NULL,
+	tranche_id bigint,
 	server text COLLATE "C" NOT NULL,
-	lease_id text COLLATE "C" NOT NULL,
+	lease_id text COLLATE "C",
 	company_id text NOT NULL,
 	event text NOT NULL,
 	quantity numeric NOT NULL CHECK (quantity > 0),
+	traits jsonb,
 	created_at timestamptz NOT NULL,
+	idempotency_key text NOT NULL,
 	lane integer NOT NULL,
 	refused_at timestamptz,
 	error text,
@@ -295,7 +342,11 @@ CREATE TABLE credit_lease.usage_report (
 CREATE INDEX usage_report_due ON credit_lease.usage_report (server, lane, entry_id) WHERE refused_at IS NULL;
 CREATE INDEX usage_report_tranche ON credit_lease.usage_report (account, credit, tranche_id) WHERE refused_at IS NULL;
 COMMENT ON TABLE credit_lease.usage_report IS 'usage that is to be reported to an upstream; a row leaves when the upstream has taken it, and stays when it has refused it for good';
-COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; lease_id, this and created_at are the key by which the upstream counts it once';
+COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; or what reservation.track_entry_id has';
+COMMENT ON COLUMN credit_lease.usage_report.lease_id IS 'the lease that has paid, or the first of them; NULL where none has';
+COMMENT ON COLUMN credit_lease.usage_report.quantity IS 'credits; units of the feature for what lease_track() was told';
+COMMENT ON COLUMN credit_lease.usage_report.traits IS 'what lease_track() was told of it';
+COMMENT ON COLUMN credit_lease.usage_report.idempotency_key IS 'by this the upstream counts it once: made of the lease, the entry and its time; or of the account, the reservation and its time';
 COMMENT ON COLUMN credit_lease.usage_report.lane IS 'one request of each lane is under way to a server at a time; from 4 on it is sent alone, as it was in one that was refused';
 COMMENT ON COLUMN credit_lease.usage_report.refused_at IS 'when it was refused for good';
 COMMENT ON INDEX credit_lease.usage_report_due IS 'the worker: what to report next';
@@ -309,6 +360,7 @@ SELECT pg_catalog.pg_extension_config_dump('credit_lease.refund', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.frozen_pool', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.set_aside', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.policy', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.meter', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.upstream_request', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.lease_usage', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.usage_report', '');
@@ -339,6 +391,14 @@ CREATE TRIGGER policy_changed AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON cr
 ALTER TABLE credit_lease.policy ENABLE ALWAYS TRIGGER policy_changed;
 COMMENT ON TRIGGER policy_changed ON credit_lease.policy IS 'sessions remember whether any policy has a server';
 
+CREATE FUNCTION credit_lease.meter_guard() RETURNS trigger
+	LANGUAGE c AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.meter_guard() IS 'trigger: refuses a rule that is no such function';
+CREATE TRIGGER meter_rule BEFORE INSERT OR UPDATE OF rule ON credit_lease.meter
+	FOR EACH ROW WHEN (NEW.rule IS NOT NULL) EXECUTE FUNCTION credit_lease.meter_guard();
+COMMENT ON TRIGGER meter_rule ON credit_lease.meter IS 'a rule is a function with the arguments and results of one';
+
 ----------------------------------------------------------------------
 -- What people read
 ----------------------------------------------------------------------
@@ -359,10 +419,11 @@ lapsed AS (
 	 GROUP BY r.account, r.credit, p.tranche_id
 ),
 tranche AS (
-	SELECT t.*, coalesce(l.amount, 0) AS lapsed,
+	SELECT t.*, u.upstream_balance, coalesce(l.amount, 0) AS lapsed,
 		   t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock)) AS alive
 	  FROM credit_lease.tranche t
 	  LEFT JOIN lapsed l ON l.account = t.account AND l.credit = t.credit AND l.tranche_id = t.tranche_id
+	  LEFT JOIN credit_lease.lease_usage u ON u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id
 )
 SELECT account, credit,
 	   coalesce(sum(remaining + lapsed) FILTER (WHERE alive), 0) AS available,
@@ -371,12 +432,16 @@ SELECT account, credit,
 	   sum(consumed) AS consumed,
 	   sum(expired) + coalesce(sum(remaining + lapsed) FILTER (WHERE NOT alive AND released_at IS NULL), 0) AS expired,
 	   sum(granted) AS granted,
-	   min(expires_at) FILTER (WHERE alive AND remaining + lapsed > 0) AS next_expiry
+	   min(expires_at) FILTER (WHERE alive AND remaining + lapsed > 0) AS next_expiry,
+	   coalesce(sum(remaining + lapsed) FILTER (WHERE alive AND kind = 'upstream'), 0) AS leased,
+	   sum(upstream_balance) FILTER (WHERE alive) AS upstream_balance
   FROM tranche
  GROUP BY account, credit;
 COMMENT ON VIEW credit_lease.balance IS 'what every pool has, by the clock: what has expired is not counted, swept or not';
 COMMENT ON COLUMN credit_lease.balance.available IS 'can be spent or held now';
 COMMENT ON COLUMN credit_lease.balance.next_expiry IS 'when the first of it expires; NULL for never';
+COMMENT ON COLUMN credit_lease.balance.leased IS 'the part of available that is from leases';
+COMMENT ON COLUMN credit_lease.balance.upstream_balance IS 'what the upstream has beyond the leases that are alive, as it last said; NULL where it has not said';
 
 CREATE VIEW credit_lease.open_lease AS
 SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
@@ -387,7 +452,7 @@ SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
 COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up, and leases that are, since they fill their slot';
 
 CREATE VIEW credit_lease.open_reservation AS
-SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_at, r.metadata
+SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_at, r.metadata, r.feature, r.quantity
   FROM credit_lease.reservation r
  WHERE r.status = 'held' AND r.expires_at > (SELECT credit_lease.lease_clock());
 COMMENT ON VIEW credit_lease.open_reservation IS 'every hold that is alive by the clock';
@@ -459,14 +524,14 @@ CREATE VIEW credit_lease.movement AS
 SELECT l.account, l.entry_id, l.credit, l.kind, l.tranche_id, l.reservation_id, l.first_entry_id, l.refund_of, l.created_at,
 	   CASE WHEN l.kind IN ('topup', 'install', 'extend') OR (l.kind = 'adjust' AND l.amount > 0) THEN l.amount ELSE 0 END AS granted,
 	   CASE WHEN l.kind IN ('reserve', 'renew') THEN l.amount
-			WHEN l.kind = 'settle' THEN - (l.amount + a.released + a.lapsed + a.returned)
+			WHEN l.kind IN ('settle', 'track') THEN - (l.amount + a.released + a.lapsed + a.returned)
 			WHEN l.reservation_id IS NOT NULL THEN - l.amount
 			ELSE 0 END AS reserved,
 	   CASE WHEN l.kind IN ('topup', 'adjust', 'install', 'extend') THEN l.amount
-			WHEN l.kind = 'settle' THEN a.released
+			WHEN l.kind IN ('settle', 'track') THEN a.released
 			WHEN l.kind IN ('cancel', 'refund') OR (l.kind = 'expire' AND l.reservation_id IS NOT NULL) THEN l.amount - a.lapsed - a.returned
 			ELSE - l.amount END AS remaining,
-	   CASE WHEN l.kind IN ('consume', 'settle') THEN l.amount
+	   CASE WHEN l.kind IN ('consume', 'settle', 'track') THEN l.amount
 			WHEN l.kind = 'refund' THEN - l.amount
 			ELSE 0 END AS consumed,
 	   CASE WHEN l.kind = 'expire' AND l.reservation_id IS NULL THEN l.amount ELSE a.lapsed END AS expired,
@@ -481,7 +546,7 @@ SELECT (m.created_at AT TIME ZONE 'UTC')::date AS day, m.account, m.credit,
 	   sum(m.consumed) AS consumed,
 	   count(*) FILTER (WHERE m.first_entry_id IS NULL AND m.consumed > 0) AS calls
   FROM credit_lease.movement m
- WHERE m.kind IN ('consume', 'settle', 'refund')
+ WHERE m.kind IN ('consume', 'settle', 'track', 'refund')
  GROUP BY 1, 2, 3;
 COMMENT ON VIEW credit_lease.usage_by_day IS 'what was spent, less what was refunded, by day (UTC)';
 COMMENT ON COLUMN credit_lease.usage_by_day.calls IS 'calls that spent something';
@@ -508,7 +573,7 @@ SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
 	   ) AS f (rule, expected, found)
  WHERE f.expected <> f.found
 UNION ALL
--- what has a tranche or a freeze has an account, by which it is locked
+-- what has a tranche, a hold or a freeze has an account, by which it is locked
 SELECT s.account, s.credit, NULL, 'account ' || f.rule, f.expected, f.found
   FROM (
 	SELECT u.account, max(u.credit) AS credit, count(u.marked) AS accounts,
@@ -517,6 +582,8 @@ SELECT s.account, s.credit, NULL, 'account ' || f.rule, f.expected, f.found
 		SELECT a.account, NULL, a.frozen, false FROM credit_lease.account a
 		UNION ALL
 		SELECT t.account, t.credit, NULL, false FROM credit_lease.tranche t
+		UNION ALL
+		SELECT r.account, r.credit, NULL, false FROM credit_lease.reservation r
 		UNION ALL
 		SELECT f.account, f.credit, NULL, true FROM credit_lease.frozen_pool f
 	  ) AS u (account, credit, marked, frozen)
@@ -579,7 +646,7 @@ UNION ALL
 -- rule 4: the parts of a hold add up, and its entries say how it ended
 SELECT r.account, r.credit, NULL, 'reservation ' || r.reservation_id || ' is the sum of its parts', r.amount, f.found
   FROM credit_lease.reservation r,
-	   LATERAL (SELECT sum(p.amount) FROM unnest(r.tranche_amounts) AS p (amount)) AS f (found)
+	   LATERAL (SELECT coalesce(sum(p.amount), 0) FROM unnest(r.tranche_amounts) AS p (amount)) AS f (found)
  WHERE r.amount IS DISTINCT FROM f.found
 UNION ALL
 SELECT s.account, s.credit, s.tranche_id, 'reservation ' || s.reservation_id || ' came from here', s.was_held, s.part
@@ -688,9 +755,19 @@ CREATE TYPE credit_lease.settle_result AS (reservation_id bigint, reserved numer
 COMMENT ON TYPE credit_lease.settle_result IS 'what lease_settle() returns';
 CREATE TYPE credit_lease.renew_result AS (reservation_id bigint, amount numeric, expires_at timestamptz);
 COMMENT ON TYPE credit_lease.renew_result IS 'what lease_renew() returns';
+CREATE TYPE credit_lease.check_result AS (allowed boolean, reason text, error text, reservation_id bigint, credit text,
+	amount numeric, rate numeric, event text, available numeric, expires_at timestamptz);
+COMMENT ON TYPE credit_lease.check_result IS 'what lease_check() returns; reason: allowed, insufficient_credit, lease_acquire_failed, denied_by_rule or what the rule says, not_metered, frozen or invalid_quantity';
+CREATE TYPE credit_lease.explain_result AS (allowed boolean, reason text, error text, credit text,
+	amount numeric, rate numeric, event text, available numeric, tranches jsonb, limits jsonb);
+COMMENT ON TYPE credit_lease.explain_result IS 'what lease_explain() returns';
+CREATE TYPE credit_lease.track_result AS (settled boolean, consumed numeric, refunded numeric, shortfall numeric,
+	available numeric, usage_key text);
+COMMENT ON TYPE credit_lease.track_result IS 'what lease_track() returns; settled is false where the hold had expired';
 
 CREATE TYPE credit_lease.policy_result AS (server text, company_id text, credit_type_id text, event text,
-	lease_size numeric, lease_duration interval, low_water_mark numeric, safety_margin interval, hold_ttl interval);
+	lease_size numeric, lease_duration interval, low_water_mark numeric, safety_margin interval, hold_ttl interval,
+	failure_mode text, smallest_unit numeric);
 COMMENT ON TYPE credit_lease.policy_result IS 'what lease_policy() returns';
 CREATE TYPE credit_lease.prewarm_result AS (credit text, lease_id text, available numeric, status text);
 COMMENT ON TYPE credit_lease.prewarm_result IS 'what lease_prewarm() returns; status: live, pending, refused, unreachable or no upstream';
@@ -783,6 +860,31 @@ CREATE FUNCTION credit_lease.lease_renew(account text, reservation_id bigint, tt
 COMMENT ON FUNCTION credit_lease.lease_renew(text, bigint, interval, numeric) IS
 	'lets a hold live until ttl from now, never shorter than it would, and may hold more';
 
+-- Features. lease_check() and lease_explain() become the extension's owner by
+-- themselves, and are who called them again while the rule is asked.
+
+CREATE FUNCTION credit_lease.lease_check(account text, feature text, quantity numeric, event text DEFAULT NULL,
+		on_failure text DEFAULT NULL, subject jsonb DEFAULT NULL, ttl interval DEFAULT NULL)
+	RETURNS credit_lease.check_result
+	LANGUAGE c VOLATILE AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_check(text, text, numeric, text, text, jsonb, interval) IS
+	'whether an account may use a quantity of a feature; if so, holds what it costs until lease_track()';
+
+CREATE FUNCTION credit_lease.lease_track(account text, reservation_id bigint, quantity numeric, traits jsonb DEFAULT NULL)
+	RETURNS credit_lease.track_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_track(text, bigint, numeric, jsonb) IS
+	'ends a hold of lease_check() by what was used: spends what that costs, gives the rest back and has it reported';
+
+CREATE FUNCTION credit_lease.lease_explain(account text, feature text, quantity numeric)
+	RETURNS credit_lease.explain_result
+	LANGUAGE c VOLATILE AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_explain(text, text, numeric) IS
+	'what lease_check() would answer now, and why; holds nothing and asks no upstream';
+
 -- Looking
 
 CREATE FUNCTION credit_lease.lease_balance(account text, credit text DEFAULT NULL)
@@ -844,7 +946,9 @@ CREATE FUNCTION credit_lease.lease_policy(account text, credit text)
 		   coalesce((array_agg(p.lease_duration ORDER BY p.account, p.credit) FILTER (WHERE p.lease_duration IS NOT NULL))[1], '5 minutes'),
 		   coalesce((array_agg(p.low_water_mark ORDER BY p.account, p.credit) FILTER (WHERE p.low_water_mark IS NOT NULL))[1], 0.25),
 		   coalesce((array_agg(p.safety_margin ORDER BY p.account, p.credit) FILTER (WHERE p.safety_margin IS NOT NULL))[1], '0'),
-		   coalesce((array_agg(p.hold_ttl ORDER BY p.account, p.credit) FILTER (WHERE p.hold_ttl IS NOT NULL))[1], '60 seconds')
+		   coalesce((array_agg(p.hold_ttl ORDER BY p.account, p.credit) FILTER (WHERE p.hold_ttl IS NOT NULL))[1], '60 seconds'),
+		   coalesce((array_agg(p.failure_mode ORDER BY p.account, p.credit) FILTER (WHERE p.failure_mode IS NOT NULL))[1], 'closed'),
+		   coalesce((array_agg(p.smallest_unit ORDER BY p.account, p.credit) FILTER (WHERE p.smallest_unit IS NOT NULL))[1], 1e-12)
 	  FROM credit_lease.policy p
 	 WHERE (p.account = $1 OR p.account IS NULL) AND (p.credit = $2 OR p.credit IS NULL);
 	END;
@@ -891,7 +995,9 @@ CREATE FUNCTION credit_lease.schematic_request(operation text, request jsonb)
 				SELECT jsonb_agg(jsonb_build_object('api_key', $2->'api_key', 'type', 'track',
 						'idempotency_key', e.event->'idempotency_key', 'sent_at', e.event->'created_at',
 						'body', jsonb_build_object('event', e.event->'event', 'quantity', e.event->'quantity',
-							'lease_id', e.event->'lease_id', 'company', jsonb_build_object('id', e.event->'company_id'))) ORDER BY e.n)
+							'company', jsonb_build_object('id', e.event->'company_id'))
+							|| (SELECT coalesce(jsonb_object_agg(o.key, o.value), '{}')
+								  FROM jsonb_each(e.event) AS o (key, value) WHERE o.key IN ('lease_id', 'traits'))) ORDER BY e.n)
 				  FROM jsonb_array_elements($2->'events') WITH ORDINALITY AS e (event, n)))
 			END);
 	END;
@@ -950,6 +1056,7 @@ REVOKE ALL ON ALL TABLES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON TYPE credit_lease.topup_result, credit_lease.entry_result, credit_lease.consume_result,
-	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result, credit_lease.worker_result,
+	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result, credit_lease.check_result,
+	credit_lease.explain_result, credit_lease.track_result, credit_lease.worker_result,
 	credit_lease.upstream_result, credit_lease.policy_result, credit_lease.prewarm_result FROM PUBLIC;
 REVOKE ALL ON SCHEMA credit_lease FROM PUBLIC;

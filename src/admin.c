@@ -59,7 +59,8 @@ static const char *const level_grants[] = {
 	GRANT_NAMES "SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
 	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
 	"  AND p.proname IN ('lease_balance', 'lease_consume', 'lease_try_consume', 'lease_reserve',"
-	"   'lease_try_reserve', 'lease_settle', 'lease_cancel', 'lease_renew')",
+	"   'lease_try_reserve', 'lease_settle', 'lease_cancel', 'lease_renew',"
+	"   'lease_check', 'lease_track', 'lease_explain')",
 
 	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
@@ -67,7 +68,7 @@ static const char *const level_grants[] = {
 	"  AND p.proname IN ('lease_balance', 'lease_verify', 'lease_clock', 'lease_worker', 'lease_upstreams', 'lease_policy')",
 
 	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
-	" UNION ALL SELECT pg_catalog.format('GRANT INSERT, UPDATE, DELETE ON credit_lease.policy TO %I', $1)"
+	" UNION ALL SELECT pg_catalog.format('GRANT INSERT, UPDATE, DELETE ON credit_lease.policy, credit_lease.meter TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
 	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
 	"  AND p.proname LIKE 'lease\\_%'"

@@ -61,6 +61,44 @@ amount_negate(Numeric a)
 											   NumericGetDatum(a)));
 }
 
+Numeric
+amount_multiply(Numeric a, Numeric b)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_mul,
+											   NumericGetDatum(a),
+											   NumericGetDatum(b)));
+}
+
+/*
+ * amount_round_up
+ *		Returns the lowest multiple of a unit that is no less than an amount
+ *		that is not negative. The quotient is a whole number, so that nothing
+ *		is rounded on the way.
+ */
+Numeric
+amount_round_up(Numeric a, Numeric unit)
+{
+	Datum		whole = DirectFunctionCall2(numeric_div_trunc, NumericGetDatum(a), NumericGetDatum(unit));
+	Numeric		rounded = amount_multiply(DatumGetNumeric(whole), unit);
+
+	if (amount_compare(rounded, a) < 0)
+		rounded = amount_add(rounded, unit);
+	return DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale, NumericGetDatum(rounded)));
+}
+
+/* Returns as much of an amount as a part is of the whole, to the smallest amount there is. */
+Numeric
+amount_part(Numeric a, Numeric part, Numeric whole)
+{
+	Datum		quotient = DirectFunctionCall2(numeric_div,
+											   NumericGetDatum(amount_multiply(a, part)),
+											   NumericGetDatum(whole));
+
+	return DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale,
+											   DirectFunctionCall2(numeric_round, quotient,
+																   Int32GetDatum(AMOUNT_MAX_SCALE))));
+}
+
 /* Returns the lower of the two, itself and not a copy. */
 Numeric
 amount_min(Numeric a, Numeric b)

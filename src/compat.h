@@ -24,6 +24,9 @@
 	((classid) == ForeignServerRelationId ? pg_foreign_server_aclcheck(objectid, roleid, mode) : \
 	 pg_proc_aclcheck(objectid, roleid, mode))
 
+#define stringToQualifiedNameList(string, escontext) \
+	((void) (escontext), stringToQualifiedNameList(string))
+
 typedef struct DateTimeErrorExtra
 {
 	const char *dummy;

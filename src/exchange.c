@@ -6,8 +6,9 @@
  * A dialect is two SQL functions over jsonb. NAME_request(operation, request)
  * makes an HTTP request, {"url", "headers", "body"}, of what is to be asked;
  * NAME_outcome(operation, request, status, reply) makes {"lease_id",
- * "company_id", "credit_type_id", "granted", "expires_at", "released_at"} of
- * a reply, or {"error"}. What a dialect returns is not trusted: it is checked
+ * "company_id", "credit_type_id", "granted", "expires_at", "released_at",
+ * "balance"} of a reply, or {"error"}; balance, what the upstream has beyond
+ * the lease, may be left out. What a dialect returns is not trusted: it is checked
  * here, for all of them.
  *
  * The functions run as the owner of the server, who can make them do no more
@@ -244,6 +245,7 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request, char
 	MemoryContext old = CurrentMemoryContext;
 	MemoryContext context;
 	Exchange   *exchange;
+	ErrorData  *failure;
 
 	if (all_exchanges == NULL)
 		all_exchanges = AllocSetContextCreate(TopMemoryContext, "credit_lease exchanges",
@@ -256,12 +258,14 @@ exchange_prepare(const char *server, const char *operation, Jsonb *request, char
 	exchange->operation = pstrdup(operation);
 	exchange->request = request;
 	MemoryContextSwitchTo(old);
-	if (guard(make_request, exchange, error))
+	failure = guard(make_request, exchange);
+	if (failure == NULL)
 	{
 		MemoryContextSwitchTo(context);
 		return exchange;
 	}
 
+	*error = failure->message;
 	MemoryContextDelete(context);
 	upstream_state_note(server, *error);
 	for (int reports = 0; reports <= 1; reports++)
@@ -364,6 +368,7 @@ read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
 {
 	JsonbValue *granted = required(outcome, "granted", jbvNumeric, "number");
 	JsonbValue *expires_at = required(outcome, "expires_at", jbvString, "string");
+	JsonbValue *balance = member(outcome, "balance");
 
 	terms->lease_id = string_of(required(outcome, "lease_id", jbvString, "string"));
 	if (terms->lease_id[0] == '\0' || strlen(terms->lease_id) > ARGUMENT_MAX_TEXT ||
@@ -383,6 +388,8 @@ read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
 				(errcode(ERRCODE_FDW_REPLY_HANDLE),
 				 errmsg("granted in the reply is no amount")));
 	terms->granted = DatumGetNumericCopy(NumericGetDatum(terms->granted));
+	if (balance && balance->type == jbvNumeric)
+		terms->balance = DatumGetNumericCopy(NumericGetDatum(balance->val.numeric));
 
 	terms->expires_at = instant_of(expires_at, "expires_at");
 	terms->as_asked = exchange->lease_id || is_as_asked(terms->expires_at, exchange->request);
@@ -476,13 +483,13 @@ judge(Exchange *exchange)
 	bool		reports = exchange->nreports > 0;
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz try_after = 0;
-	char	   *error;
+	ErrorData  *unreadable;
 	int			failures;
 
 	if (reply->status == 0)
 		exchange->error = reply->error;
-	else if (!guard(read_reply, exchange, &error) && is_success(reply) && is_about_terms(exchange))
-		exchange->error = error;
+	else if ((unreadable = guard(read_reply, exchange)) && is_success(reply) && is_about_terms(exchange))
+		exchange->error = unreadable->message;
 	else if (!is_success(reply) && exchange->error == NULL)
 		exchange->error = psprintf("status %d", reply->status);
 

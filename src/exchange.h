@@ -24,6 +24,7 @@ typedef struct LeaseTerms
 	Numeric		granted;		/* the lease's total */
 	TimestampTz expires_at;
 	bool		as_asked;		/* it is not somebody else's */
+	Numeric		balance;		/* what there is beyond it; NULL where that is not said */
 } LeaseTerms;
 
 /* One request and its reply. */

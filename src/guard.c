@@ -13,16 +13,16 @@
 
 /*
  * guard
- *		Does some work in a subtransaction and returns whether it succeeded. If
- *		it has not, nothing of it is left but *error, the message, in the
- *		current memory context.
+ *		Does some work in a subtransaction and returns NULL. If it has failed,
+ *		nothing of it is left but the error, which is returned in the current
+ *		memory context.
  */
-bool
-guard(void (*work) (void *), void *arg, char **error)
+ErrorData *
+guard(void (*work) (void *), void *arg)
 {
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
-	volatile bool done = false;
+	ErrorData  *volatile error = NULL;
 
 	BeginInternalSubTransaction(NULL);
 	MemoryContextSwitchTo(context);
@@ -30,21 +30,17 @@ guard(void (*work) (void *), void *arg, char **error)
 	{
 		work(arg);
 		ReleaseCurrentSubTransaction();
-		done = true;
 	}
 	PG_CATCH();
 	{
-		ErrorData  *data;
-
 		MemoryContextSwitchTo(context);
-		data = CopyErrorData();
+		error = CopyErrorData();
 		FlushErrorState();
 		RollbackAndReleaseCurrentSubTransaction();
-		*error = data->message;
 	}
 	PG_END_TRY();
 
 	MemoryContextSwitchTo(context);
 	CurrentResourceOwner = owner;
-	return done;
+	return error;
 }

@@ -1,6 +1,8 @@
 #ifndef CREDIT_LEASE_GUARD_H
 #define CREDIT_LEASE_GUARD_H
 
-extern bool guard(void (*work) (void *), void *arg, char **error);
+#include "utils/elog.h"
+
+extern ErrorData *guard(void (*work) (void *), void *arg);
 
 #endif							/* CREDIT_LEASE_GUARD_H */

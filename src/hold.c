@@ -8,9 +8,13 @@
  *
  * A settlement spends the parts in the order in which their tranches burn and
  * gives the last of them back.
+ *
+ * A hold may be of nothing: where lease_check() lets somebody pass who has no
+ * credit.
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -18,7 +22,7 @@
 #include "utils/timestamp.h"
 
 #include "amount.h"
-#include "compat.h"
+#include "argument.h"
 #include "errors.h"
 #include "hold.h"
 #include "statement.h"
@@ -28,7 +32,8 @@ static const char *const status_word[] = {"held", "settled", "cancelled", "expir
 #define HOLD_COLUMNS \
 	"SELECT r.reservation_id, r.credit, r.status, r.amount, r.expires_at," \
 	" r.tranche_ids, r.tranche_amounts," \
-	" r.consumed, r.refunded, r.shortfall, r.overage, r.end_entry_id" \
+	" r.consumed, r.refunded, r.shortfall, r.overage, r.end_entry_id, r.created_at," \
+	" r.feature, r.quantity, r.rate, r.unit, r.event, r.tracked, r.traits, r.track_entry_id" \
 	" FROM credit_lease.reservation r"
 
 static Statement find_statement = {
@@ -53,11 +58,14 @@ static Statement find_lapsed_statement = {
 
 static Statement create_statement = {
 	.sql = "INSERT INTO credit_lease.reservation (account, reservation_id, credit,"
-	" created_at, expires_at, amount, tranche_ids, tranche_amounts, metadata)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
-	.nargs = 9,
+	" created_at, expires_at, amount, tranche_ids, tranche_amounts, metadata,"
+	" feature, quantity, rate, unit, event)"
+	" VALUES ($1, CASE $2 WHEN 0 THEN pg_catalog.nextval('credit_lease.reservation_id_seq') ELSE $2 END,"
+	" $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) RETURNING reservation_id",
+	.nargs = 14,
 	.argtypes = {TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID,
-	NUMERICOID, INT8ARRAYOID, NUMERICARRAYOID, JSONBOID}
+		NUMERICOID, INT8ARRAYOID, NUMERICARRAYOID, JSONBOID,
+	TEXTOID, NUMERICOID, NUMERICOID, NUMERICOID, TEXTOID}
 };
 
 static Statement renew_statement = {
@@ -77,11 +85,33 @@ static Statement next_expiry_statement = {
 
 static Statement end_statement = {
 	.sql = "UPDATE credit_lease.reservation r SET status = $3, ended_at = $4,"
-	" consumed = $5, refunded = $6, shortfall = $7, overage = $8, end_entry_id = $9"
+	" consumed = $5, refunded = $6, shortfall = $7, overage = $8, end_entry_id = $9,"
+	" tracked = $10, traits = $11, track_entry_id = $12"
 	" WHERE r.account = $1 AND r.reservation_id = $2 AND r.status = 'held'",
-	.nargs = 9,
+	.nargs = 12,
 	.argtypes = {TEXTOID, INT8OID, TEXTOID, TIMESTAMPTZOID,
-	NUMERICOID, NUMERICOID, NUMERICOID, TEXTOID, INT8OID}
+		NUMERICOID, NUMERICOID, NUMERICOID, TEXTOID, INT8OID,
+	NUMERICOID, JSONBOID, INT8OID}
+};
+
+static Statement track_late_statement = {
+	.sql = "UPDATE credit_lease.reservation r SET consumed = $3, shortfall = $4,"
+	" tracked = $5, traits = $6, track_entry_id = $7"
+	" WHERE r.account = $1 AND r.reservation_id = $2 AND r.status = 'expired' AND r.track_entry_id IS NULL",
+	.nargs = 7,
+	.argtypes = {TEXTOID, INT8OID, NUMERICOID, NUMERICOID, NUMERICOID, JSONBOID, INT8OID}
+};
+
+/* How long a hold lives where neither the call nor a policy says. */
+static const Interval default_ttl = {.time = 60 * USECS_PER_SEC};
+
+static Statement ttl_statement = {
+	.sql = "SELECT p.hold_ttl FROM credit_lease.policy p"
+	" WHERE (p.account = $1 OR p.account IS NULL) AND (p.credit = $2 OR p.credit IS NULL)"
+	" AND p.hold_ttl IS NOT NULL"
+	" ORDER BY p.account NULLS LAST, p.credit NULLS LAST LIMIT 1",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
 };
 
 pg_noreturn static void
@@ -125,11 +155,46 @@ read_parts(Hold *hold, Datum ids, Datum amounts)
 		not_the_sum(hold);
 }
 
+static Numeric
+read_amount(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		value = statement_value(row, column, &isnull);
+
+	return isnull ? NULL : DatumGetNumeric(value);
+}
+
+static text *
+read_text(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		value = statement_value(row, column, &isnull);
+
+	return isnull ? NULL : DatumGetTextPP(value);
+}
+
+static Jsonb *
+read_jsonb(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		value = statement_value(row, column, &isnull);
+
+	return isnull ? NULL : DatumGetJsonbP(value);
+}
+
+static int64
+read_id(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		value = statement_value(row, column, &isnull);
+
+	return isnull ? 0 : DatumGetInt64(value);
+}
+
 static void
 read_hold(uint64 row, Hold *hold)
 {
 	char	   *status;
-	Datum		value;
 	bool		isnull;
 
 	memset(hold, 0, sizeof(*hold));
@@ -145,16 +210,21 @@ read_hold(uint64 row, Hold *hold)
 	hold->expires_at = DatumGetTimestampTz(statement_value(row, 5, &isnull));
 	read_parts(hold, statement_value(row, 6, &isnull), statement_value(row, 7, &isnull));
 
-	value = statement_value(row, 8, &isnull);
-	hold->consumed = isnull ? NULL : DatumGetNumeric(value);
-	value = statement_value(row, 9, &isnull);
-	hold->refunded = isnull ? NULL : DatumGetNumeric(value);
-	value = statement_value(row, 10, &isnull);
-	hold->shortfall = isnull ? NULL : DatumGetNumeric(value);
-	value = statement_value(row, 11, &isnull);
-	hold->overage = isnull ? NULL : DatumGetTextPP(value);
-	value = statement_value(row, 12, &isnull);
-	hold->end_entry_id = isnull ? 0 : DatumGetInt64(value);
+	hold->consumed = read_amount(row, 8);
+	hold->refunded = read_amount(row, 9);
+	hold->shortfall = read_amount(row, 10);
+	hold->overage = read_text(row, 11);
+	hold->end_entry_id = read_id(row, 12);
+	hold->created_at = DatumGetTimestampTz(statement_value(row, 13, &isnull));
+
+	hold->feature = read_text(row, 14);
+	hold->quantity = read_amount(row, 15);
+	hold->rate = read_amount(row, 16);
+	hold->unit = read_amount(row, 17);
+	hold->event = read_text(row, 18);
+	hold->tracked = read_amount(row, 19);
+	hold->traits = read_jsonb(row, 20);
+	hold->track_entry_id = read_id(row, 21);
 }
 
 /* Reads a hold, whatever its status; returns whether the account has it. */
@@ -171,15 +241,80 @@ hold_find(text *account, int64 reservation_id, Hold *hold)
 	return true;
 }
 
-/* Locks a hold's row, which is 40001 if it has changed since the snapshot. */
+/* Raises LC003. */
 void
-hold_lock(const Pool *pool, const Hold *hold)
+hold_not_found(text *account, int64 reservation_id)
 {
-	Parameters	parameters = {0};
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_NOT_FOUND),
+			 errmsg("account \"%s\" has no reservation " INT64_FORMAT,
+					text_to_cstring(account), reservation_id)));
+}
 
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add(&parameters, Int64GetDatum(hold->reservation_id));
-	statement_execute(&lock_statement, &parameters);
+/* Locks the account, and reads a hold and its pool. Raises LC003. */
+void
+hold_lock(Pool *pool, int64 reservation_id, Hold *hold)
+{
+	if (!account_lock(pool->account, ACCOUNT_LOCK, &pool->may_be_frozen) ||
+		!hold_find(pool->account, reservation_id, hold))
+		hold_not_found(pool->account, reservation_id);
+	pool->credit = hold->credit;
+	pool_read(pool);
+}
+
+bool
+hold_is_alive(const Pool *pool, const Hold *hold)
+{
+	return hold->status == HOLD_HELD && hold->expires_at > pool->now;
+}
+
+/*
+ * hold_has_ended
+ *		Raises what a hold that is no more is answered with: LC004 or LC005.
+ *		Above READ COMMITTED it may have been renewed since the snapshot; then
+ *		locking its row is 40001.
+ */
+void
+hold_has_ended(const Pool *pool, const Hold *hold)
+{
+	if (IsolationUsesXactSnapshot())
+	{
+		Parameters	parameters = {0};
+
+		parameter_add_pointer(&parameters, pool->account);
+		parameter_add(&parameters, Int64GetDatum(hold->reservation_id));
+		statement_execute(&lock_statement, &parameters);
+	}
+
+	if (hold->status == HOLD_HELD || hold->status == HOLD_EXPIRED)
+		ereport(ERROR,
+				(errcode(ERRCODE_LEASE_EXPIRED),
+				 errmsg("reservation " INT64_FORMAT " has expired", hold->reservation_id),
+				 errdetail("It expired at %s.", timestamptz_to_str(hold->expires_at))));
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_ENDED),
+			 hold->status == HOLD_SETTLED ?
+			 errmsg("reservation " INT64_FORMAT " is already settled", hold->reservation_id) :
+			 errmsg("reservation " INT64_FORMAT " is already cancelled", hold->reservation_id)));
+}
+
+/* Returns when a hold that begins or is renewed now expires; ttl NULL is what the policy says. */
+TimestampTz
+hold_expiry(const Pool *pool, const Interval *ttl)
+{
+	if (ttl == NULL)
+	{
+		Parameters	parameters = {0};
+		bool		isnull;
+
+		parameter_add_pointer(&parameters, pool->account);
+		parameter_add_pointer(&parameters, pool->credit);
+		if (statement_execute(&ttl_statement, &parameters) == 1)
+			ttl = DatumGetIntervalP(statement_value(0, 1, &isnull));
+		else
+			ttl = &default_ttl;
+	}
+	return instant_add(pool->now, ttl);
 }
 
 /* Reads the pool's expired holds that nobody has given back, at most limit. */
@@ -275,6 +410,8 @@ hold_collect(Pool *pool, Hold *hold, TimestampTz expires_at)
 			hold->nparts++;
 		}
 	}
+	if (hold->amount == NULL)
+		hold->amount = amount_zero();
 	hold->tranche_id = tranche_id;
 	hold->part = part;
 	hold->expires_at = expires_at;
@@ -290,11 +427,12 @@ require_one(uint64 rows, int64 reservation_id)
 						reservation_id)));
 }
 
-/* Inserts a hold; its tranches are still to be saved or have been. */
+/* Inserts a hold, and draws its number if that is 0; its tranches are still to be saved or have been. */
 void
-hold_create(const Pool *pool, const Hold *hold, Jsonb *metadata)
+hold_create(const Pool *pool, Hold *hold, Jsonb *metadata)
 {
 	Parameters	parameters = {0};
+	bool		isnull;
 
 	parameter_add_pointer(&parameters, pool->account);
 	parameter_add(&parameters, Int64GetDatum(hold->reservation_id));
@@ -302,7 +440,14 @@ hold_create(const Pool *pool, const Hold *hold, Jsonb *metadata)
 	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
 	add_life(&parameters, hold);
 	parameter_add_pointer(&parameters, metadata);
+	parameter_add_pointer(&parameters, hold->feature);
+	parameter_add_pointer(&parameters, hold->quantity);
+	parameter_add_pointer(&parameters, hold->rate);
+	parameter_add_pointer(&parameters, hold->unit);
+	parameter_add_pointer(&parameters, hold->event);
 	statement_execute(&create_statement, &parameters);
+	hold->created_at = pool->now;
+	hold->reservation_id = DatumGetInt64(statement_value(0, 1, &isnull));
 }
 
 /* Writes what hold_collect() has changed of a hold. */
@@ -379,6 +524,15 @@ hold_release(Pool *pool, Hold *hold, Numeric consumed)
 	Assert(amount_sign(left) == 0);
 }
 
+static void
+add_id(Parameters *parameters, int64 id)
+{
+	if (id == 0)
+		parameter_add_null(parameters);
+	else
+		parameter_add(parameters, Int64GetDatum(id));
+}
+
 /* Writes how a hold ended, as its fields say. */
 void
 hold_end(const Pool *pool, const Hold *hold)
@@ -393,6 +547,25 @@ hold_end(const Pool *pool, const Hold *hold)
 	parameter_add_pointer(&parameters, hold->refunded);
 	parameter_add_pointer(&parameters, hold->shortfall);
 	parameter_add_pointer(&parameters, hold->overage);
-	parameter_add(&parameters, Int64GetDatum(hold->end_entry_id));
+	add_id(&parameters, hold->end_entry_id);
+	parameter_add_pointer(&parameters, hold->tracked);
+	parameter_add_pointer(&parameters, hold->traits);
+	add_id(&parameters, hold->track_entry_id);
 	require_one(statement_execute(&end_statement, &parameters), hold->reservation_id);
+}
+
+/* Writes what was charged for a hold that had expired. */
+void
+hold_track_late(const Pool *pool, const Hold *hold)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add(&parameters, Int64GetDatum(hold->reservation_id));
+	parameter_add_pointer(&parameters, hold->consumed);
+	parameter_add_pointer(&parameters, hold->shortfall);
+	parameter_add_pointer(&parameters, hold->tracked);
+	parameter_add_pointer(&parameters, hold->traits);
+	add_id(&parameters, hold->track_entry_id);
+	require_one(statement_execute(&track_late_statement, &parameters), hold->reservation_id);
 }

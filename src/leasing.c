@@ -99,7 +99,7 @@ static Statement extend_statement = {
 	"  AND p.server = t.server AND (t.remaining <= t.refill_below OR (EXISTS ("
 	"   SELECT FROM (SELECT l.credit, l.kind, l.created_at FROM credit_lease.ledger l"
 	"    WHERE l.account = t.account ORDER BY l.entry_id DESC LIMIT 20) l"
-	"   WHERE l.credit = t.credit AND l.kind IN ('consume', 'reserve', 'settle') AND l.created_at > $1 - p.lease_duration)))"
+	"   WHERE l.credit = t.credit AND l.kind IN ('consume', 'reserve', 'settle', 'track') AND l.created_at > $1 - p.lease_duration)))"
 	"  AND NOT EXISTS (SELECT FROM credit_lease.upstream_request q WHERE q.account = t.account AND q.credit = t.credit"
 	"   AND q.kind = 'extend' AND q.lease_id = t.lease_id AND (NOT q.refused OR q.next_try_at > $1))"
 	" LIMIT $2" OR_ASK_AGAIN,
@@ -230,7 +230,8 @@ static Statement account_statement = {
 
 /*
  * A lease stops serving a safety margin before its end. An extension also says
- * whether the total is higher than it was, as the statement's snapshot has it.
+ * by how much the total is higher than it was, as the statement's snapshot has
+ * it.
  */
 static Statement install_statement = {
 	.sql = "SELECT credit_lease.lease_install($1, $2, $3, $4, $5 - p.safety_margin, $6)"
@@ -241,8 +242,8 @@ static Statement install_statement = {
 
 static Statement extend_lease_statement = {
 	.sql = "SELECT credit_lease.lease_extend($1, $2, $3, $4, $5 - p.safety_margin),"
-	" $4 > (SELECT t.granted FROM credit_lease.tranche t"
-	"  WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3)"
+	" coalesce($4 - (SELECT t.granted FROM credit_lease.tranche t"
+	"  WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3), 0)"
 	" FROM credit_lease.lease_policy($1, $2) p",
 	.nargs = 5,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, NUMERICOID, TIMESTAMPTZOID}
@@ -260,12 +261,13 @@ static Statement look_after_statement = {
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, BOOLOID}
 };
 
-static Statement company_statement = {
-	.sql = "UPDATE credit_lease.lease_usage u SET company_id = $4 FROM credit_lease.tranche t"
+static Statement note_statement = {
+	.sql = "UPDATE credit_lease.lease_usage u SET company_id = $4, upstream_balance = $5"
+	" FROM credit_lease.tranche t"
 	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3"
 	" AND u.account = $1 AND u.credit = $2 AND u.tranche_id = t.tranche_id",
-	.nargs = 4,
-	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+	.nargs = 5,
+	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TEXTOID, NUMERICOID}
 };
 
 #define RELEASE_ACQUIRED \
@@ -357,16 +359,16 @@ release_unwanted(TimestampTz now)
 		Datum		lease[3];
 		bool		isnull;
 		bool		frozen;
-		char	   *error;
+		ErrorData  *error;
 
 		for (int k = 0; k < 3; k++)
 			lease[k] = SPI_getbinval(rows->vals[i], rows->tupdesc, k + 1, &isnull);
 		if (!account_lock(DatumGetTextPP(lease[0]), ACCOUNT_LOCK_IF_FREE, &frozen))
 			all = false;
-		else if (!guard(release, lease, &error))
+		else if ((error = guard(release, lease)))
 			ereport(WARNING,
 					(errmsg("lease \"%s\" was not released: %s",
-							TextDatumGetCString(lease[2]), error)));
+							TextDatumGetCString(lease[2]), error->message)));
 	}
 	return all;
 }
@@ -697,6 +699,25 @@ refuse_other_lease(Exchange *exchange)
 	}
 }
 
+/*
+ * Notes who the lease was asked for, and what the upstream has beyond it: who
+ * grants less than is asked for has no more.
+ */
+static void
+note_upstream(const Exchange *exchange, Parameters lease, Numeric raised)
+{
+	Numeric		asked = exchange_asked_amount(exchange);
+	Numeric		balance = exchange->terms.balance;
+
+	if (balance == NULL && amount_sign(asked) == 0)
+		return;
+	if (balance == NULL && amount_compare(raised, asked) < 0)
+		balance = amount_zero();
+	add_text(&lease, exchange_asked_company(exchange));
+	parameter_add_pointer(&lease, balance);
+	statement_execute(&note_statement, &lease);
+}
+
 /* Installs the lease that was acquired, or gives it up; or extends the one there is. */
 static void
 take_terms(void *arg)
@@ -708,7 +729,8 @@ take_terms(void *arg)
 	Parameters	lease = {0};
 	bool		isnull;
 	bool		changed;
-	bool		raised;
+	Numeric		raised;
+	bool		in_vain;
 
 	if (acquired && (!terms->as_asked || is_of_another_pool(exchange)))
 	{
@@ -722,7 +744,8 @@ take_terms(void *arg)
 		parameter_add(&parameters, DirectFunctionCall1(namein, CStringGetDatum(exchange->server)));
 	statement_execute(acquired ? &install_statement : &extend_lease_statement, &parameters);
 	changed = DatumGetBool(statement_value(0, 1, &isnull));
-	raised = acquired || DatumGetBool(statement_value(0, 2, &isnull));
+	raised = acquired ? terms->granted : DatumGetNumeric(statement_value(0, 2, &isnull));
+	in_vain = amount_sign(raised) <= 0;
 
 	add_lease(&lease, exchange, terms->lease_id);
 	if (changed)
@@ -730,25 +753,20 @@ take_terms(void *arg)
 		Parameters	look_after = lease;
 
 		parameter_add(&look_after, TimestampTzGetDatum(clock_now()));
-		parameter_add(&look_after, BoolGetDatum(raised));
+		parameter_add(&look_after, BoolGetDatum(!in_vain));
 		statement_execute(&look_after_statement, &look_after);
 		some_unwanted |= DatumGetBool(statement_value(0, 1, &isnull));
-		if (acquired)
-		{
-			Parameters	company = lease;
-
-			add_text(&company, exchange_asked_company(exchange));
-			statement_execute(&company_statement, &company);
-		}
 	}
-	else if (acquired)
+	if (changed || !acquired)
+		note_upstream(exchange, lease, raised);
+	else
 	{
 		parameter_add(&lease, TimestampTzGetDatum(clock_now()));
 		parameter_add(&lease, TimestampTzGetDatum(terms->expires_at));
 		statement_execute(&give_up_statement, &lease);
 	}
 	/* asking for more again at once would be in vain */
-	if (!raised && amount_sign(exchange_asked_amount(exchange)) > 0)
+	if (in_vain && amount_sign(exchange_asked_amount(exchange)) > 0)
 		exchange->error = "the upstream granted no more";
 }
 
@@ -765,6 +783,7 @@ leasing_take(Exchange *exchange)
 	bool		releases = strcmp(exchange->operation, "release") == 0;
 	char	   *error = exchange->error;
 	bool		refused = exchange->result == EXCHANGE_REFUSED;
+	ErrorData  *failure;
 	bool		frozen;
 
 	parameter_add_pointer(&parameters, account);
@@ -774,11 +793,9 @@ leasing_take(Exchange *exchange)
 		if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &frozen) &&
 			statement_execute(&account_statement, &parameters) > 0)
 			return false;
-		if (guard(take_terms, exchange, &error))
-		{
-			error = exchange->error;
-			refused = error != NULL && exchange->lease_id;
-		}
+		failure = guard(take_terms, exchange);
+		error = failure ? failure->message : exchange->error;
+		refused = failure == NULL && error != NULL && exchange->lease_id;
 		if (error)
 		{
 			upstream_state_note(exchange->server, error);

@@ -80,6 +80,10 @@ static Statement change_lease_statement = {
 	.argtypes = {TEXTOID, TIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
 
+static Statement draw_statement = {
+	.sql = "SELECT pg_catalog.nextval('credit_lease.entry_id_seq')"
+};
+
 /* Returns what the ledger does not know yet of a term's change, NULL for none. */
 static Numeric
 change(const Tranche *tranche, Bucket bucket)
@@ -178,9 +182,8 @@ add_state(Parameters *parameters, const Tranche *tranche)
 /*
  * ledger_append
  *		Appends an entry for each tranche that was moved since the last time,
- *		in burn order, and returns the first one's number; 0 if the request's
- *		key is taken, in which case nothing was appended. At least one tranche
- *		must have been moved.
+ *		in burn order, and returns the first one's number; 0 if none was, or
+ *		the request's key is taken, in which case nothing was appended.
  *
  * *reservation_id is what the entries belong to; NEW_RESERVATION is replaced
  * by the number that was drawn.
@@ -227,7 +230,6 @@ ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 		memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
 	}
 
-	Assert(first_entry_id != 0);
 	return first_entry_id;
 }
 
@@ -319,6 +321,17 @@ ledger_save(Pool *pool)
 			tranche->released_at != tranche->stored_released_at)
 			change_lease(pool, tranche);
 	}
+}
+
+/* Returns a number between those of the entries before it and after it, for what is no entry. */
+int64
+ledger_draw_number(void)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	statement_execute(&draw_statement, &parameters);
+	return DatumGetInt64(statement_value(0, 1, &isnull));
 }
 
 /* Appends and saves; see ledger_append(). */

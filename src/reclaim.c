@@ -34,7 +34,8 @@
 /* How many holds are given back at a time, and by a call that is not short. */
 #define BATCH	1000
 
-const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
+static const EntryKind kind_cancel = {.name = "cancel", .bucket = RESERVED, .negated = true};
+static const EntryKind kind_expire_hold = {.name = "expire", .bucket = RESERVED, .negated = true};
 static const EntryKind kind_expire_tranche = {.name = "expire", .bucket = EXPIRED};
 
 /*
@@ -132,6 +133,25 @@ give_back_batch(Pool *pool)
 	return given > 0;
 }
 
+/*
+ * reclaim_hold
+ *		Gives back all of a hold of a locked pool, which ends so: cancelled, or
+ *		expired.
+ */
+void
+reclaim_hold(Pool *pool, Hold *hold, HoldStatus status)
+{
+	const Request request = {
+		.kind = status == HOLD_CANCELLED ? &kind_cancel : &kind_expire_hold,
+		.account = pool->account
+	};
+
+	hold_release(pool, hold, amount_zero());
+	hold->status = status;
+	hold->end_entry_id = ledger_post(pool, &request, &hold->reservation_id);
+	hold_end(pool, hold);
+}
+
 /* Writes off what remains of the pool's expired tranches; returns whether any did. */
 static bool
 write_off(Pool *pool)
@@ -203,13 +223,13 @@ static bool
 sweep_pool(text *account, text *credit, int limit, int64 *given)
 {
 	Pool		pool = {.account = account, .credit = credit};
-	int			holds = 0;
+	int			holds;
 	bool		written_off;
 
+	/* holds of nothing as well, of which no tranche knows */
 	statement_begin();
 	pool_read(&pool);
-	if (pool.may_have_lapsed)
-		holds = give_back(&pool, limit);
+	holds = give_back(&pool, limit);
 	written_off = write_off(&pool);
 	SPI_finish();
 

@@ -13,7 +13,11 @@
  * An entry is reported as it was spent, less what has been refunded before
  * that; what is refunded later is taken off the lease's next reports.
  *
- * Takes no locks that a call could wait for.
+ * What lease_track() is told is reported as it was told, in the transaction
+ * that spends it, and its entries are only read: what was used is known as a
+ * quantity there, and may be more than there was credit for.
+ *
+ * The worker takes no locks that a call could wait for.
  */
 #include "postgres.h"
 
@@ -62,22 +66,26 @@ static Statement collect_statement = {
 	"    ON t.account = i.account AND t.credit = i.credit AND t.tranche_id = i.tranche_id"
 	"   WHERE NOT i.complete AND t.consumed <> i.consumed ORDER BY i.entry_id LIMIT $1) u, credit_lease.lease_policy(u.account, u.credit) p),"
 	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at,"
-	"   pg_catalog.sum(m.consumed) OVER (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id) AS total"
-	"  FROM lease l, LATERAL (SELECT v.entry_id AS id, v.consumed, v.created_at FROM credit_lease.movement v"
+	"   pg_catalog.sum(m.consumed) OVER lease AS total,"
+	"   pg_catalog.sum(m.consumed) FILTER (WHERE m.kind <> 'track') OVER lease AS to_report"
+	"  FROM lease l, LATERAL (SELECT v.entry_id AS id, v.kind, v.consumed, v.created_at FROM credit_lease.movement v"
 	"   WHERE v.account = l.account AND v.entry_id > l.entry_id AND v.tranche_id = l.tranche_id AND v.consumed <> 0"
-	"   ORDER BY v.entry_id LIMIT $2) m),"
-	" due AS (SELECT e.*, greatest(pg_catalog.min(e.total - e.owed) OVER (PARTITION BY e.account, e.credit, e.tranche_id"
+	"   ORDER BY v.entry_id LIMIT $2) m"
+	"  WINDOW lease AS (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id)),"
+	" due AS (SELECT e.*, greatest(pg_catalog.min(coalesce(e.to_report, 0) - e.owed) OVER (PARTITION BY e.account, e.credit, e.tranche_id"
 	"   ORDER BY e.id DESC), 0) AS reported FROM entry e),"
 	" report AS (INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
-	"   company_id, event, quantity, created_at, lane)"
+	"   company_id, event, quantity, created_at, idempotency_key, lane)"
 	"  SELECT d.account, d.id, d.credit, d.tranche_id, d.server, d.lease_id, d.company_id, d.event, d.quantity,"
-	"   d.created_at, " LANE_OF("d.account")
+	"   d.created_at, d.lease_id || ':' || d.id || ':' || (extract(epoch FROM d.created_at) * 1000000)::pg_catalog.int8,"
+	"   " LANE_OF("d.account")
 	"  FROM (SELECT d.*, d.reported - pg_catalog.lag(d.reported, 1, 0.0)"
 	"    OVER (PARTITION BY d.account, d.credit, d.tranche_id ORDER BY d.id) AS quantity FROM due d) d"
 	"  WHERE d.quantity > 0)"
 	" UPDATE credit_lease.lease_usage u SET entry_id = s.id, consumed = u.consumed + s.total,"
-	"  owed = u.owed + s.reported - s.total"
-	" FROM (SELECT DISTINCT ON (d.account, d.credit, d.tranche_id) d.account, d.credit, d.tranche_id, d.id, d.total, d.reported"
+	"  owed = u.owed + s.reported - s.to_report"
+	" FROM (SELECT DISTINCT ON (d.account, d.credit, d.tranche_id) d.account, d.credit, d.tranche_id, d.id, d.total,"
+	"   d.reported, coalesce(d.to_report, 0) AS to_report"
 	"  FROM due d ORDER BY d.account, d.credit, d.tranche_id, d.id DESC) s"
 	" WHERE u.account = s.account AND u.credit = s.credit AND u.tranche_id = s.tranche_id",
 	.nargs = 2,
@@ -94,6 +102,20 @@ static Statement complete_statement = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
+/* What was used is told to whom the lease is from that has paid, or who supplies the pool. */
+static Statement usage_statement = {
+	.sql = "INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
+	" company_id, event, quantity, traits, created_at, idempotency_key, lane)"
+	" SELECT $1, $3, $2, t.tranche_id, coalesce(t.server, p.server), t.lease_id,"
+	"  coalesce(u.company_id, p.company_id), $5, $6, $7, $8, $9, " LANE_OF("$1")
+	" FROM credit_lease.lease_policy($1, $2) p"
+	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.tranche_id = $4"
+	" LEFT JOIN credit_lease.lease_usage u ON u.account = $1 AND u.credit = $2 AND u.tranche_id = t.tranche_id"
+	" WHERE coalesce(t.server, p.server) IS NOT NULL AND $6 > 0",
+	.nargs = 9,
+	.argtypes = {TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID, NUMERICOID, JSONBOID, TIMESTAMPTZOID, TEXTOID}
+};
+
 /* The next reports of each lane that is free. */
 static Statement due_statement = {
 	.custom = true,
@@ -104,11 +126,12 @@ static Statement due_statement = {
 	" CROSS JOIN " LANES " AS n (lane)"
 	" CROSS JOIN LATERAL (SELECT pg_catalog.array_agg(r.account) AS accounts, pg_catalog.array_agg(r.entry_id) AS entry_ids,"
 	"   pg_catalog.count(*)::pg_catalog.int4 AS n,"
-	"   pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object("
-	"    'idempotency_key', r.lease_id || ':' || r.entry_id || ':' || (extract(epoch FROM r.created_at) * 1000000)::pg_catalog.int8,"
+	"   pg_catalog.jsonb_agg((pg_catalog.jsonb_build_object('idempotency_key', r.idempotency_key,"
 	"    'event', r.event, 'quantity', pg_catalog.trim_scale(r.quantity), 'account', r.account, 'credit', r.credit,"
-	"    'lease_id', r.lease_id, 'company_id', r.company_id,"
+	"    'company_id', r.company_id,"
 	"    'created_at', pg_catalog.to_char(r.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))"
+	"    || CASE WHEN r.lease_id IS NULL THEN '{}' ELSE pg_catalog.jsonb_build_object('lease_id', r.lease_id) END"
+	"    || CASE WHEN r.traits IS NULL THEN '{}' ELSE pg_catalog.jsonb_build_object('traits', r.traits) END)"
 	"    ORDER BY r.entry_id) AS events"
 	"  FROM (SELECT q.* FROM credit_lease.usage_report q"
 	"   WHERE q.server = s.server AND q.lane = n.lane AND q.refused_at IS NULL"
@@ -164,6 +187,29 @@ report_collect(void)
 	parameter_add(&clock, TimestampTzGetDatum(clock_now()));
 	statement_execute(&complete_statement, &clock);
 	return false;
+}
+
+/*
+ * report_usage
+ *		Has a quantity reported of what a hold was made for: to the upstream of
+ *		a lease, or where the tranche is 0, of the pool, if it has one. The key
+ *		is what the upstream counts it once by.
+ */
+void
+report_usage(const Pool *pool, const Hold *hold, int64 tranche_id, Numeric quantity, const char *key)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	parameter_add(&parameters, Int64GetDatum(hold->track_entry_id));
+	parameter_add(&parameters, Int64GetDatum(tranche_id));
+	parameter_add_pointer(&parameters, hold->event);
+	parameter_add_pointer(&parameters, quantity);
+	parameter_add_pointer(&parameters, hold->traits);
+	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
+	parameter_add_pointer(&parameters, cstring_to_text(key));
+	statement_execute(&usage_statement, &parameters);
 }
 
 /* Returns the place of a lane among those that have failed, NULL if it is not there. */

@@ -2,7 +2,10 @@
 #define CREDIT_LEASE_REPORT_H
 
 #include "exchange.h"
+#include "hold.h"
 
+extern void report_usage(const Pool *pool, const Hold *hold, int64 tranche_id, Numeric quantity,
+						 const char *key);
 extern bool report_collect(void);
 extern List *report_prepare(List *exchanges, int most, TimestampTz *next_due);
 extern void report_take(Exchange *exchange);

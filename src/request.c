@@ -168,8 +168,9 @@ incomplete(const Request *request)
 			 errmsg("the ledger of account \"%s\" lacks an entry", text_to_cstring(request->account))));
 }
 
-static bool
-same_jsonb(Jsonb *a, Jsonb *b)
+/* Returns whether two values, or NULLs, are the same. */
+bool
+request_same_jsonb(Jsonb *a, Jsonb *b)
 {
 	if (a == NULL || b == NULL)
 		return a == b;
@@ -195,7 +196,7 @@ compare_arguments(const Request *request, Jsonb *first)
 		then = getKeyJsonValueFromContainer(&first->root, name.val.string.val,
 											name.val.string.len, NULL);
 		if (then == NULL ||
-			!same_jsonb(JsonbValueToJsonb(&now), JsonbValueToJsonb(then)))
+			!request_same_jsonb(JsonbValueToJsonb(&now), JsonbValueToJsonb(then)))
 			key_reused(request, pnstrdup(name.val.string.val, name.val.string.len));
 	}
 }
@@ -245,7 +246,7 @@ request_find_first(const Request *request, bool taken, FirstCall *first)
 		compare_arguments(request, DatumGetJsonbP(value));
 
 	value = statement_value(0, 4, &isnull);
-	if (!same_jsonb(request->metadata, isnull ? NULL : DatumGetJsonbP(value)))
+	if (!request_same_jsonb(request->metadata, isnull ? NULL : DatumGetJsonbP(value)))
 		key_reused(request, "metadata");
 
 	first->entry_id = DatumGetInt64(statement_value(0, 5, &isnull));

@@ -52,6 +52,7 @@ extern void request_add_int64(Request *request, const char *name, int64 value);
 extern void request_add_interval(Request *request, const char *name, const Interval *value);
 extern void request_add_instant(Request *request, const char *name, TimestampTz value);
 extern void request_end_arguments(Request *request);
+extern bool request_same_jsonb(Jsonb *a, Jsonb *b);
 extern bool request_find_first(const Request *request, bool taken, FirstCall *first);
 
 #endif							/* CREDIT_LEASE_REQUEST_H */

@@ -165,11 +165,10 @@ lock_if_enough(Pool *pool, Numeric needed)
  * account is locked. If it has not, the pool knows why.
  */
 static bool
-wait_for_supply(Pool *pool, Numeric needed)
+wait_for_supply(Pool *pool, Numeric needed, TimestampTz until)
 {
 	char	   *account = text_to_cstring(pool->account);
 	char	   *credit = text_to_cstring(pool->credit);
-	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), acquire_timeout);
 	char		error[DEMAND_MAX_ERROR];
 
 	while (!lock_if_enough(pool, needed))
@@ -187,6 +186,28 @@ wait_for_supply(Pool *pool, Numeric needed)
 		return false;
 	}
 	return true;
+}
+
+/* Returns until when a call that begins to wait now does so. */
+TimestampTz
+supply_deadline(void)
+{
+	return TimestampTzPlusMilliseconds(GetCurrentTimestamp(), acquire_timeout);
+}
+
+/*
+ * supply_lock_if_enough
+ *		Does reclaim_lock() with ACCOUNT_LOCK and returns true if the pool has
+ *		an amount, after a wait for its upstream if need be. If it has not, the
+ *		account is not locked, so that another pool of it can be tried.
+ */
+bool
+supply_lock_if_enough(Pool *pool, Numeric needed, TimestampTz until)
+{
+	if (!IsolationUsesXactSnapshot() && policy_has_server() &&
+		has_upstream(pool->account, pool->credit) && !is_held_by_us(pool->account))
+		return wait_for_supply(pool, needed, until);
+	return lock_if_enough(pool, needed);
 }
 
 /*
@@ -213,7 +234,7 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 	if (!old_snapshot &&
 		(lock_if_plenty(pool, needed) ||
 		 (has_upstream(pool->account, pool->credit) && !is_held_by_us(pool->account) &&
-		  !request_find_first(request, false, &first) && wait_for_supply(pool, needed))))
+		  !request_find_first(request, false, &first) && wait_for_supply(pool, needed, supply_deadline()))))
 		return;
 
 	reclaim_lock(pool, ACCOUNT_LOCK);
@@ -270,7 +291,7 @@ lease_prewarm(PG_FUNCTION_ARGS)
 					 errmsg("credits must be of 1 to %d bytes each", ARGUMENT_MAX_TEXT)));
 	}
 	if (PG_ARGISNULL(2))
-		until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), acquire_timeout);
+		until = supply_deadline();
 	else
 		until = instant_add(GetCurrentTimestamp(), argument_optional_ttl(fcinfo, 2, "wait", clock_now()));
 

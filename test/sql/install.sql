@@ -115,10 +115,12 @@ SELECT c.oid::regclass AS not_dumped
    AND NOT EXISTS (SELECT FROM pg_extension e, unnest(e.extconfig, e.extcondition) AS d (relation, condition)
 					WHERE e.extname = 'credit_lease' AND d.relation = c.oid AND d.condition = '');
 
--- account is in every primary and unique key: it is the shard key.
+-- account is in every primary and unique key of what is an account's: it is
+-- the shard key.
 SELECT i.indexrelid::regclass AS unique_without_account
   FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid
  WHERE c.relnamespace = 'credit_lease'::regnamespace AND i.indisunique AND c.relkind = 'r'
+   AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'account')
    AND NOT EXISTS (SELECT FROM pg_attribute a
 					WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey) AND a.attname = 'account');
 

@@ -1,0 +1,112 @@
+/*
+ * meter.c
+ *		Meters: what a feature costs, and which credits may pay for it.
+ *
+ * Nothing is locked here: which credit is tried first is no promise.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "amount.h"
+#include "meter.h"
+#include "statement.h"
+
+/*
+ * What is valid of a feature, in the order of preference; what costs nothing
+ * comes last.
+ */
+static Statement meters_statement = {
+	.sql = "SELECT m.credit, m.rate, p.smallest_unit, p.failure_mode = 'open', t.leased, f.frozen, t.available,"
+	" coalesce(m.event, p.event, m.feature), m.rule"
+	" FROM (SELECT DISTINCT ON (v.credit) v.* FROM credit_lease.meter v"
+	"  WHERE v.feature = $2 AND v.valid_from <= $3 AND (v.valid_until IS NULL OR v.valid_until > $3)"
+	"  ORDER BY v.credit, v.valid_from DESC) m"
+	" CROSS JOIN LATERAL credit_lease.lease_policy($1, m.credit) p"
+	" CROSS JOIN LATERAL (SELECT coalesce(pg_catalog.sum(s.remaining), 0) AS available,"
+	"   coalesce(pg_catalog.bool_or(s.kind = 'upstream'), false) AS leased"
+	"  FROM credit_lease.tranche s WHERE s.account = $1 AND s.credit = m.credit AND s.open"
+	"  AND s.released_at IS NULL AND (s.expires_at IS NULL OR s.expires_at > $3)) t"
+	" CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM credit_lease.frozen_pool z"
+	"  WHERE z.account = $1 AND (z.credit IS NULL OR z.credit = m.credit)) AS frozen) f"
+	" ORDER BY m.credit IS NULL, m.preference, m.credit",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+/* Returns what a quantity costs, rounded up to a multiple of the unit. */
+Numeric
+meter_amount(Numeric quantity, Numeric rate, Numeric unit)
+{
+	return amount_round_up(amount_multiply(quantity, rate), unit);
+}
+
+/* Reads what is valid of a feature; the amount is what the quantity costs. */
+static void
+read_meter(uint64 row, Numeric quantity, Meter *meter)
+{
+	Datum		value;
+	bool		isnull;
+
+	memset(meter, 0, sizeof(*meter));
+	value = statement_value(row, 1, &isnull);
+	meter->credit = isnull ? NULL : DatumGetTextPP(value);
+	meter->event = DatumGetTextPP(statement_value(row, 8, &isnull));
+	value = statement_value(row, 9, &isnull);
+	meter->rule = isnull ? NULL : TextDatumGetCString(value);
+	if (meter->credit == NULL)
+		return;
+
+	meter->rate = DatumGetNumeric(statement_value(row, 2, &isnull));
+	meter->unit = DatumGetNumeric(statement_value(row, 3, &isnull));
+	meter->open = DatumGetBool(statement_value(row, 4, &isnull));
+	meter->leased = DatumGetBool(statement_value(row, 5, &isnull));
+	meter->frozen = DatumGetBool(statement_value(row, 6, &isnull));
+	meter->available = DatumGetNumeric(statement_value(row, 7, &isnull));
+	meter->amount = meter_amount(quantity, meter->rate, meter->unit);
+}
+
+static bool
+would_do(const Meter *meter)
+{
+	return meter->leased && !meter->frozen && amount_compare(meter->available, meter->amount) >= 0;
+}
+
+/*
+ * meter_find
+ *		Finds the credits that may pay for a quantity of a feature, in the order
+ *		in which to try them: those with a live lease and enough first, then by
+ *		preference. Returns how many; one without a credit where the feature
+ *		costs nothing, none where there is no meter.
+ */
+int
+meter_find(text *account, text *feature, Numeric quantity, TimestampTz now, Meter **meters)
+{
+	Parameters	parameters = {0};
+	Meter	   *found;
+	int			n;
+	int			next = 0;
+
+	parameter_add_pointer(&parameters, account);
+	parameter_add_pointer(&parameters, feature);
+	parameter_add(&parameters, TimestampTzGetDatum(now));
+	n = (int) statement_execute(&meters_statement, &parameters);
+
+	found = palloc(sizeof(Meter) * n);
+	*meters = palloc(sizeof(Meter) * n);
+	for (int i = 0; i < n; i++)
+		read_meter(i, quantity, &found[i]);
+	if (n > 1 && found[n - 1].credit == NULL)
+		n--;
+	for (int pass = 0; pass < 2; pass++)
+	{
+		for (int i = 0; i < n; i++)
+		{
+			if ((found[i].credit && would_do(&found[i])) == (pass == 0))
+				(*meters)[next++] = found[i];
+		}
+	}
+	return n;
+}
