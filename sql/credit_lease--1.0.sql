@@ -935,23 +935,8 @@ COMMENT ON FUNCTION credit_lease.lease_release(text, text, text) IS
 
 CREATE FUNCTION credit_lease.lease_policy(account text, credit text)
 	RETURNS credit_lease.policy_result
-	LANGUAGE sql STABLE SECURITY DEFINER
-	SET search_path = pg_catalog, pg_temp
-	BEGIN ATOMIC
-	SELECT (array_agg(p.server ORDER BY p.account, p.credit) FILTER (WHERE p.server IS NOT NULL))[1],
-		   coalesce((array_agg(p.company_id ORDER BY p.account, p.credit) FILTER (WHERE p.company_id IS NOT NULL))[1], $1),
-		   coalesce((array_agg(p.credit_type_id ORDER BY p.account, p.credit) FILTER (WHERE p.credit_type_id IS NOT NULL))[1], $2),
-		   coalesce((array_agg(p.event ORDER BY p.account, p.credit) FILTER (WHERE p.event IS NOT NULL))[1], $2),
-		   coalesce((array_agg(p.lease_size ORDER BY p.account, p.credit) FILTER (WHERE p.lease_size IS NOT NULL))[1], 10000),
-		   coalesce((array_agg(p.lease_duration ORDER BY p.account, p.credit) FILTER (WHERE p.lease_duration IS NOT NULL))[1], '5 minutes'),
-		   coalesce((array_agg(p.low_water_mark ORDER BY p.account, p.credit) FILTER (WHERE p.low_water_mark IS NOT NULL))[1], 0.25),
-		   coalesce((array_agg(p.safety_margin ORDER BY p.account, p.credit) FILTER (WHERE p.safety_margin IS NOT NULL))[1], '0'),
-		   coalesce((array_agg(p.hold_ttl ORDER BY p.account, p.credit) FILTER (WHERE p.hold_ttl IS NOT NULL))[1], '60 seconds'),
-		   coalesce((array_agg(p.failure_mode ORDER BY p.account, p.credit) FILTER (WHERE p.failure_mode IS NOT NULL))[1], 'closed'),
-		   coalesce((array_agg(p.smallest_unit ORDER BY p.account, p.credit) FILTER (WHERE p.smallest_unit IS NOT NULL))[1], 1e-12)
-	  FROM credit_lease.policy p
-	 WHERE (p.account = $1 OR p.account IS NULL) AND (p.credit = $2 OR p.credit IS NULL);
-	END;
+	LANGUAGE c STABLE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
 COMMENT ON FUNCTION credit_lease.lease_policy(text, text) IS
 	'the settings that hold for a pool, from all rows of policy and the defaults';
 

@@ -1,15 +1,16 @@
 /*
  * policy.c
- *		Whether pools may have an upstream, and the guard of the policies.
+ *		The settings of a pool, whether pools may have an upstream, and the
+ *		guard of the policies.
  *
- * The settings of a pool are resolved in SQL, by lease_policy(). What every
- * call needs to know of them is only whether any has a server: a session
- * remembers that until a policy changes, which the guard tells all sessions,
- * when it is committed, as an invalidation of the table.
+ * What every call needs to know of the policies is only whether any has a
+ * server: a session remembers that until a policy changes, which the guard
+ * tells all sessions, when it is committed, as an invalidation of the table.
  */
 #include "postgres.h"
 
 #include "catalog/namespace.h"
+#include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "fmgr.h"
 #include "utils/builtins.h"
@@ -26,6 +27,53 @@
 static Statement any_statement = {
 	.sql = "SELECT EXISTS (SELECT FROM credit_lease.policy p WHERE p.server IS NOT NULL)"
 };
+
+/*
+ * What holds for a pool, the most specific first; what holds where nobody says
+ * is the last row, so that every setting but the server has a value.
+ */
+static Statement policy_statement = {
+	.sql = "SELECT r.* FROM (SELECT 1, p.account, p.credit, p.server, p.company_id, p.credit_type_id, p.event,"
+	"  p.lease_size, p.lease_duration, p.low_water_mark, p.safety_margin, p.hold_ttl, p.failure_mode, p.smallest_unit"
+	"  FROM credit_lease.policy p WHERE (p.account = $1 OR p.account IS NULL) AND (p.credit = $2 OR p.credit IS NULL)"
+	" UNION ALL SELECT 2, NULL, NULL, NULL, $1, $2, $2,"
+	"  10000, '5 minutes', 0.25, '0', '60 seconds', 'closed', 1e-12) AS r (n, account, credit)"
+	" ORDER BY r.n, r.account, r.credit",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID},
+	.read_only = true
+};
+
+/* ... the number of its columns, and of those that are no settings */
+#define COLUMNS		14
+#define NO_SETTINGS	3
+
+/*
+ * lease_policy(account, credit)
+ *		Returns the settings of a pool: each from the most specific row that
+ *		has a value for it, the account before the credit.
+ */
+PG_FUNCTION_INFO_V1(lease_policy);
+Datum
+lease_policy(PG_FUNCTION_ARGS)
+{
+	Parameters	parameters = {0};
+	MemoryContext caller = statement_begin();
+	uint64		rows;
+	Datum		values[COLUMNS - NO_SETTINGS];
+	bool		nulls[COLUMNS - NO_SETTINGS];
+
+	for (int i = 0; i < 2; i++)
+		parameter_add_pointer(&parameters, PG_ARGISNULL(i) ? NULL : PG_GETARG_TEXT_PP(i));
+	rows = statement_execute(&policy_statement, &parameters);
+	for (int i = 0; i < COLUMNS - NO_SETTINGS; i++)
+	{
+		nulls[i] = true;
+		for (uint64 row = 0; row < rows && nulls[i]; row++)
+			values[i] = statement_value(row, NO_SETTINGS + 1 + i, &nulls[i]);
+	}
+	return statement_end(caller, fcinfo, values, nulls);
+}
 
 /* What this session remembers, and how often it was told of changes */
 static bool known = false;

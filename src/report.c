@@ -21,12 +21,14 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
 #include "clock.h"
+#include "policy.h"
 #include "report.h"
 #include "statement.h"
 #include "upstream_state.h"
@@ -200,6 +202,9 @@ report_usage(const Pool *pool, const Hold *hold, int64 tranche_id, Numeric quant
 {
 	Parameters	parameters = {0};
 
+	/* an old snapshot is nothing to remember policies by */
+	if (tranche_id == 0 && !IsolationUsesXactSnapshot() && !policy_has_server())
+		return;
 	parameter_add_pointer(&parameters, pool->account);
 	parameter_add_pointer(&parameters, pool->credit);
 	parameter_add(&parameters, Int64GetDatum(hold->track_entry_id));

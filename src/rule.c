@@ -20,6 +20,7 @@
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/guc.h"
+#include "utils/memutils.h"
 #include "utils/plancache.h"
 #include "utils/regproc.h"
 #include "utils/rel.h"
@@ -31,6 +32,15 @@
 #define NARGS	5
 
 static Oid	argtypes[NARGS] = {TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, JSONBOID};
+
+/* The query that asks a rule, kept for the session; PostgreSQL makes it anew when the function changes. */
+typedef struct RulePlan
+{
+	char	   *rule;
+	SPIPlanPtr	plan;
+} RulePlan;
+
+static List *plans = NIL;
 
 /* What guard() has to do */
 typedef struct Call
@@ -72,6 +82,33 @@ no_answer(const char *what)
 			 errmsg("it returned %s", what)));
 }
 
+static SPIPlanPtr
+find_plan(const char *rule, const char *schema, const char *name)
+{
+	ListCell   *cell;
+	RulePlan   *kept;
+	SPIPlanPtr	plan;
+	MemoryContext old;
+
+	foreach(cell, plans)
+	{
+		kept = lfirst(cell);
+		if (strcmp(kept->rule, rule) == 0)
+			return kept->plan;
+	}
+
+	plan = SPI_prepare(query(schema, name), NARGS, argtypes);
+	if (plan == NULL || SPI_keepplan(plan) != 0)
+		elog(ERROR, "could not prepare a rule: %s", SPI_result_code_string(SPI_result));
+	old = MemoryContextSwitchTo(TopMemoryContext);
+	kept = palloc(sizeof(RulePlan));
+	kept->rule = pstrdup(rule);
+	kept->plan = plan;
+	plans = lappend(plans, kept);
+	MemoryContextSwitchTo(old);
+	return plan;
+}
+
 /* Calls a rule as the caller, and reads its answer. */
 static void
 call_rule(void *arg)
@@ -103,7 +140,7 @@ call_rule(void *arg)
 					PGC_USERSET, PGC_S_SESSION);
 
 	if (SPI_connect() != SPI_OK_CONNECT ||
-		SPI_execute_with_args(query(schema, name), NARGS, argtypes, values, nulls, false, 2) != SPI_OK_SELECT)
+		SPI_execute_plan(find_plan(call->rule, schema, name), values, nulls, false, 2) != SPI_OK_SELECT)
 		elog(ERROR, "could not ask a rule");
 	if (SPI_processed != 1)
 		no_answer(SPI_processed == 0 ? "no row" : "more than one row");
