@@ -182,6 +182,7 @@ find_credit(Check *check, Pool *pool)
 		if (lock_pool(check, meter, until, pool) && !pool_is_frozen(pool))
 		{
 			check->meter = meter;
+			check->error = NULL;
 			return true;
 		}
 		meter->frozen = pool_is_frozen(pool);
