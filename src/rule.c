@@ -61,7 +61,8 @@ split_name(const char *rule, const char **schema, const char **name)
 	if (list_length(names) != 2)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_NAME),
-				 errmsg("rule \"%s\" is not the name of a function with its schema", rule)));
+				 errmsg("rule \"%s\" is not the name of a function with its schema", rule),
+				 errhint("Write it as in: myapp.may_use")));
 	*schema = strVal(linitial(names));
 	*name = strVal(lsecond(names));
 }
@@ -183,8 +184,10 @@ void
 rule_ask(const char *rule, const Caller *caller, const Question *question, Answer *answer)
 {
 	Call		call = {rule, caller, question, answer, CurrentMemoryContext};
-	ErrorData  *error = guard(call_rule, &call);
+	ErrorData  *error;
 
+	*answer = (Answer) {0};
+	error = guard(call_rule, &call);
 	if (error == NULL)
 		return;
 	if (is_beyond_rule(error))
