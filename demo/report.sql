@@ -39,7 +39,7 @@ SELECT account
 \gset
 \echo 'The last of the ledger of' :account:
 SELECT entry_id, to_char(created_at, 'HH24:MI:SS.MS') AS "at", kind, amount, available, tranche_id AS tranche,
-	   reservation_id AS reservation, idempotency_key AS "key", created_by AS "by"
+	   reservation_id AS reservation, created_by AS "by"
   FROM (SELECT * FROM credit_lease.ledger WHERE account = :'account' ORDER BY entry_id DESC LIMIT 12) AS l
  ORDER BY entry_id;
 \echo 'and its balance:'

@@ -23,6 +23,17 @@ CREATE TABLE app.request (
 COMMENT ON TABLE app.request IS 'a request that is running and whose hold has expired was abandoned';
 GRANT SELECT, INSERT, UPDATE ON app.request TO app;
 
+-- The table of application.py
+CREATE TABLE app.chat (
+	request text PRIMARY KEY,
+	account text NOT NULL,
+	reservation_id bigint,
+	expires_at timestamptz,
+	tokens integer,
+	answer text
+);
+GRANT SELECT, INSERT, UPDATE ON app.chat TO app;
+
 -- What is going to happen. The application learns how long an answer is, and
 -- whether there is one, only when the request has ended.
 CREATE SCHEMA trace;
@@ -101,16 +112,23 @@ SELECT check_name, expected, found, expected IS NOT DISTINCT FROM found AS holds
 	 (SELECT count(*) FROM trace.outcome WHERE outcome IN ('served', 'failed', 'abandoned', 'refused'))),
 	('holds made, of requests not refused (some were sent twice)',
 	 (SELECT count(*) FROM app.request WHERE status <> 'refused'),
-	 (SELECT count(*) FROM credit_lease.reservation)),
+	 (SELECT count(*) FROM credit_lease.reservation WHERE account IN (SELECT account FROM trace.request))),
 	('tokens charged in the ledger, of prompt + answer of those served',
 	 (SELECT sum(used) FROM trace.outcome WHERE outcome = 'served'),
-	 (SELECT sum(consumed) FROM credit_lease.movement)),
+	 (SELECT sum(consumed) FROM credit_lease.movement WHERE account IN (SELECT account FROM trace.request))),
 	('the same by the accounts'' balances',
 	 (SELECT sum(used) FROM trace.outcome WHERE outcome = 'served'),
-	 (SELECT sum(consumed) FROM credit_lease.balance)),
+	 (SELECT sum(consumed) FROM credit_lease.balance WHERE account IN (SELECT account FROM trace.request))),
 	('served requests charged anything but that',
 	 0,
 	 (SELECT count(*) FROM trace.outcome WHERE outcome = 'served' AND spent IS DISTINCT FROM used)),
+	('tokens charged for the requests of application.py',
+	 (SELECT sum(tokens) FROM app.chat), (SELECT consumed FROM credit_lease.balance WHERE account = 'acct:app')),
+	('reports that the upstream counted: one of each request served',
+	 (SELECT count(*) FROM trace.outcome WHERE outcome = 'served') + (SELECT count(answer) FROM app.chat),
+	 (SELECT (books->'events'->'accepted')::bigint FROM trace.upstream_books)),
+	('reports that it could not charge, or got twice and different',
+	 0, (SELECT (books->'events'->'uncharged')::bigint + (books->'events'->'conflicts')::bigint FROM trace.upstream_books)),
 	('leases that either of the two does not know',
 	 0, (SELECT count(*) FROM trace.lease WHERE granted_there IS NULL OR NOT is_ours)),
 	('granted here, of what the upstream granted',
