@@ -126,7 +126,9 @@ CREATE TABLE credit_lease.reservation (
 	traits jsonb,
 	track_entry_id bigint,
 	PRIMARY KEY (account, reservation_id),
-	CHECK (status IN ('held', 'settled', 'cancelled', 'expired'))
+	CHECK (status IN ('held', 'settled', 'cancelled', 'expired')),
+	CHECK (num_nulls(feature, quantity, rate, unit, event) IN (0, 5)),
+	CHECK ((tracked IS NULL) = (track_entry_id IS NULL))
 );
 ALTER SEQUENCE credit_lease.reservation_id_seq OWNED BY credit_lease.reservation.reservation_id;
 CREATE INDEX reservation_held ON credit_lease.reservation (account, credit, expires_at) WHERE status = 'held';
@@ -691,6 +693,15 @@ SELECT s.account, s.credit, NULL, 'reservation ' || s.reservation_id || ' ' || f
 	('was refunded', s.was_refunded, s.refunded)
   ) AS f (rule, expected, found)
  WHERE f.expected IS DISTINCT FROM f.found
+UNION ALL
+-- what was tracked costs what it did when the hold was made
+SELECT r.account, r.credit, NULL, 'reservation ' || r.reservation_id || ' costs what was tracked',
+	   u.units * r.unit + CASE WHEN u.units * r.unit < r.tracked * r.rate THEN r.unit ELSE 0 END, r.consumed + r.shortfall
+  FROM credit_lease.reservation r,
+	   LATERAL (SELECT div(r.tracked * r.rate, r.unit)) AS u (units)
+ WHERE r.tracked IS NOT NULL
+   AND u.units * r.unit + CASE WHEN u.units * r.unit < r.tracked * r.rate THEN r.unit ELSE 0 END
+	   IS DISTINCT FROM r.consumed + r.shortfall
 UNION ALL
 -- refunds give back at most what was consumed, and are counted
 SELECT s.account, s.credit, s.tranche_id, 'entry ' || s.entry_id || ' ' || f.rule, f.expected, f.found

@@ -132,8 +132,8 @@ lease_unfreeze(PG_FUNCTION_ARGS)
 
 /*
  * lease_grant_access(role, level)
- *		Grants a role what it needs to spend (the functions under "Spending",
- *		and lease_balance), to read (tables, views, lease_verify), or to admin
+ *		Grants a role what it needs to spend (the functions under "Spending" and
+ *		"Features", and lease_balance), to read (tables, views, lease_verify), or to admin
  *		(everything). Takes the locks of GRANT. Raises 42704 for an unknown
  *		role; PUBLIC is none.
  */

@@ -20,19 +20,18 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
-#include "access/xact.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/resowner.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #include "argument.h"
 #include "clock.h"
+#include "guard.h"
 #include "hold.h"
 #include "ledger.h"
 #include "meter.h"
@@ -138,7 +137,8 @@ ask_rule(Check *check, Numeric available)
 		return true;
 	rule_ask(check->meter->rule, &check->caller, &question, &answer);
 	if (!answer.allowed)
-		deny(check, answer.reason ? answer.reason : "denied_by_rule", answer.error);
+		deny(check, answer.reason && strcmp(answer.reason, allowed) != 0 ? answer.reason : "denied_by_rule",
+			 answer.error);
 	return answer.allowed;
 }
 
@@ -237,47 +237,65 @@ hold(Check *check, Pool *pool)
 	check->available = pool->available;
 }
 
+/* Locks and reads the pool that pays; returns whether it may, which is no matter of credit where anybody passes. */
+static bool
+read_pool(Check *check, Pool *pool, bool passes)
+{
+	bool		enough;
+
+	*pool = (Pool) {.account = check->account, .credit = check->meter->credit};
+	reclaim_lock(pool, passes ? ACCOUNT_LOCK_OR_CREATE : ACCOUNT_LOCK);
+	enough = reclaim_cover(pool, check->meter->amount);
+	check->available = pool->available;
+	if (pool_is_frozen(pool))
+		deny(check, "frozen", NULL);
+	else if (!enough && !passes)
+		deny(check, "insufficient_credit", NULL);
+	else
+		return true;
+	return false;
+}
+
 /* Decides about a quantity that has its price. */
 static void
 decide(Check *check)
 {
 	Pool		pool;
-	bool		enough = find_credit(check, &pool);
-	bool		passes = !enough && may_pass(check);
+	bool		passes = false;
 	Numeric		assumed;
 
-	if (!enough && !passes)
-		return;
-	if (passes)
+	if (!find_credit(check, &pool))
 	{
-		if (check->error == NULL)
+		passes = may_pass(check);
+		if (check->error == NULL && passes)
 			check->error = pstrdup(check->reason);
-		pool = (Pool) {.account = check->account, .credit = check->meter->credit};
-		reclaim_lock(&pool, ACCOUNT_LOCK_OR_CREATE);
+		if (!passes || !read_pool(check, &pool, passes))
+			return;
 	}
 	check->available = assumed = pool.available;
-	if (passes && amount_compare(assumed, check->meter->amount) < 0)
+	if (amount_compare(assumed, check->meter->amount) < 0)
 		assumed = check->meter->amount;
-	if (!ask_rule(check, assumed))
+	if (!ask_rule(check, assumed) ||
+		(check->meter->rule && !read_pool(check, &pool, passes)))	/* the rule may have changed it */
 		return;
-
-	if (check->meter->rule)
-	{
-		reclaim_lock(&pool, ACCOUNT_LOCK);
-		check->available = pool.available;
-		if (pool_is_frozen(&pool))
-		{
-			deny(check, "frozen", NULL);
-			return;
-		}
-		if (!reclaim_cover(&pool, check->meter->amount) && !passes)
-		{
-			deny(check, "insufficient_credit", NULL);
-			return;
-		}
-	}
 	hold(check, &pool);
 	check->reason = allowed;
+}
+
+/* Leaves out the credits of which the quantity costs more than an amount can be. */
+static void
+leave_out_dear(Check *check)
+{
+	int			n = 0;
+
+	for (int i = 0; i < check->nmeters; i++)
+	{
+		const Meter *meter = &check->meters[i];
+
+		if (meter->credit == NULL || !amount_has_too_many_digits(meter->amount))
+			check->meters[n++] = *meter;
+	}
+	check->nmeters = n;
 }
 
 /* Finds out whether the account may use what is asked for. */
@@ -292,13 +310,11 @@ answer(Check *check)
 		deny(check, "not_metered", NULL);
 		return;
 	}
-	for (int i = 0; i < check->nmeters && check->meters[i].credit; i++)
+	leave_out_dear(check);
+	if (check->nmeters == 0)
 	{
-		if (amount_has_too_many_digits(check->meters[i].amount))
-		{
-			deny(check, "invalid_quantity", "the quantity costs more than an amount can be");
-			return;
-		}
+		deny(check, "invalid_quantity", "the quantity costs more than an amount can be");
+		return;
 	}
 
 	check->meter = check->meters;
@@ -340,8 +356,8 @@ put_columns(const Check *check, Datum *value, bool *null)
 /*
  * lease_check(account, feature, quantity, event, on_failure, subject, ttl)
  *		Returns whether an account may use a quantity of a feature; if it may,
- *		what that costs is held until lease_track(). Raises no more than 22023,
- *		LC009, and what ends the transaction anyway.
+ *		what that costs is held until lease_track(). Raises 22023, LC009, and
+ *		nothing else but what has another cause than the business.
  */
 PG_FUNCTION_INFO_V1(lease_check);
 Datum
@@ -450,6 +466,37 @@ burned(const Check *check, bool *isnull)
 	return statement_value(0, 1, isnull);
 }
 
+/* What guard_attempt() has to do, and to roll back */
+typedef struct Explanation
+{
+	Check	   *check;
+	Jsonb	   *limits;
+	TupleDesc	tupdesc;
+	MemoryContext context;		/* of the result */
+	Datum		result;
+} Explanation;
+
+static bool
+explain(void *arg)
+{
+	Explanation *explanation = arg;
+	Check	   *check = explanation->check;
+	Datum		values[10];
+	bool		nulls[10] = {false};
+
+	answer(check);
+	values[0] = BoolGetDatum(check->reason == allowed);
+	values[1] = optional_string(check->reason, &nulls[1]);
+	values[2] = optional_string(check->error, &nulls[2]);
+	put_columns(check, &values[3], &nulls[3]);
+	values[8] = burned(check, &nulls[8]);
+	values[9] = optional(explanation->limits, &nulls[9]);
+
+	MemoryContextSwitchTo(explanation->context);
+	explanation->result = HeapTupleGetDatum(heap_form_tuple(explanation->tupdesc, values, nulls));
+	return false;
+}
+
 /*
  * lease_explain(account, feature, quantity)
  *		Returns what lease_check() would answer, and what decides: which
@@ -461,45 +508,21 @@ Datum
 lease_explain(PG_FUNCTION_ARGS)
 {
 	Check		check = {.now = clock_now(), .on_failure = FAILURE_AS_POLICY, .explains = true};
-	ResourceOwner owner = CurrentResourceOwner;
-	MemoryContext caller;
-	MemoryContext context;
-	Jsonb	   *limited = NULL;
-	TupleDesc	tupdesc;
-	Datum		result;
-	Datum		values[10];
-	bool		nulls[10] = {false};
+	Explanation explanation = {.check = &check};
 
 	check.account = argument_text(fcinfo, 0, "account");
 	check.feature = argument_text(fcinfo, 1, "feature");
 	check.quantity = PG_ARGISNULL(2) ? NULL : PG_GETARG_NUMERIC(2);
-	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+	if (get_call_result_type(fcinfo, NULL, &explanation.tupdesc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
+	BlessTupleDesc(explanation.tupdesc);
 
 	become_owner(fcinfo, &check.caller);
-	caller = statement_begin();
-	context = CurrentMemoryContext;
+	explanation.context = statement_begin();
 	if (is_quantity(&check))
-		limited = limits(&check);
-
-	/* an error needs no catching: it ends the transaction that this is in */
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	answer(&check);
-	values[8] = burned(&check, &nulls[8]);
-
-	MemoryContextSwitchTo(caller);
-	values[0] = BoolGetDatum(check.reason == allowed);
-	values[1] = optional_string(check.reason, &nulls[1]);
-	values[2] = optional_string(check.error, &nulls[2]);
-	put_columns(&check, &values[3], &nulls[3]);
-	values[9] = optional(limited, &nulls[9]);
-	result = HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(tupdesc), values, nulls));
-
-	RollbackAndReleaseCurrentSubTransaction();
-	CurrentResourceOwner = owner;
-	MemoryContextSwitchTo(context);
+		explanation.limits = limits(&check);
+	guard_attempt(explain, &explanation);
 	SPI_finish();
 	become_caller(&check.caller);
-	return result;
+	return explanation.result;
 }

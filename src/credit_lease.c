@@ -4,10 +4,12 @@
  *
  * How the sources hang together, from the caller down:
  *
- *	money_in.c, consume.c, reservation.c, lease.c, reclaim.c, balance.c, admin.c
+ *	money_in.c, consume.c, reservation.c, settle.c, check.c, lease.c, reclaim.c, balance.c, admin.c
  *				the SQL functions; reclaim.c also what calls give back themselves
  *	supply.c	the wait of a call for its upstream, and lease_prewarm()
- *	policy.c	whether pools may have an upstream
+ *	policy.c	the settings of a pool, and whether pools may have an upstream
+ *	meter.c, rule.c
+ *				what features cost, and the user's own functions that decide about them
  *	argument.c	checks of what the caller passed, before anything is locked
  *	request.c	the idempotency key and what it stands for
  *	account.c	the lock of an account
@@ -22,7 +24,7 @@
  *	exchange.c, http.c, upstream.c, upstream_state.c
  *				a request and its reply; HTTP; what a server is; how it is getting on
  *	demand.c, shared_memory.c, guard.c
- *				what sessions and their worker tell each other, and where; work that may fail
+ *				what sessions and their worker tell each other, and where; subtransactions
  *	amount.c, clock.c
  *				exact amounts, and the time
  *

@@ -388,7 +388,9 @@ read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
 				(errcode(ERRCODE_FDW_REPLY_HANDLE),
 				 errmsg("granted in the reply is no amount")));
 	terms->granted = DatumGetNumericCopy(NumericGetDatum(terms->granted));
-	if (balance && balance->type == jbvNumeric)
+	if (balance && balance->type == jbvNumeric && amount_sign(balance->val.numeric) >= 0 &&
+		!numeric_is_nan(balance->val.numeric) && !numeric_is_inf(balance->val.numeric) &&
+		!amount_has_too_many_digits(balance->val.numeric))
 		terms->balance = DatumGetNumericCopy(NumericGetDatum(balance->val.numeric));
 
 	terms->expires_at = instant_of(expires_at, "expires_at");

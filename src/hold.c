@@ -225,6 +225,11 @@ read_hold(uint64 row, Hold *hold)
 	hold->tracked = read_amount(row, 19);
 	hold->traits = read_jsonb(row, 20);
 	hold->track_entry_id = read_id(row, 21);
+	if (hold->feature && !(hold->quantity && hold->rate && hold->unit && hold->event))
+		ereport(ERROR,
+				(errcode(ERRCODE_LEASE_BOOKS),
+				 errmsg("reservation " INT64_FORMAT " does not say what it was made for",
+						hold->reservation_id)));
 }
 
 /* Reads a hold, whatever its status; returns whether the account has it. */

@@ -711,7 +711,7 @@ note_upstream(const Exchange *exchange, Parameters lease, Numeric raised)
 
 	if (balance == NULL && amount_sign(asked) == 0)
 		return;
-	if (balance == NULL && amount_compare(raised, asked) < 0)
+	if (balance == NULL && amount_sign(raised) >= 0 && amount_compare(raised, asked) < 0)
 		balance = amount_zero();
 	add_text(&lease, exchange_asked_company(exchange));
 	parameter_add_pointer(&lease, balance);

@@ -30,7 +30,7 @@ static const EntryKind kind_refund = {.name = "refund", .bucket = CONSUMED, .neg
  */
 static Statement consumed_statement = {
 	.sql = "SELECT l.entry_id, l.credit, l.tranche_id,"
-	" CASE WHEN l.kind IN ('consume', 'settle') THEN l.amount ELSE 0 END, coalesce(r.amount, 0)"
+	" CASE WHEN l.kind IN ('consume', 'settle', 'track') THEN l.amount ELSE 0 END, coalesce(r.amount, 0), l.kind = 'track'"
 	" FROM (SELECT coalesce(e.first_entry_id, e.entry_id) AS entry_id FROM credit_lease.ledger e"
 	"  WHERE e.account = $1 AND e.entry_id = $2) c"
 	" JOIN credit_lease.ledger f ON f.account = $1 AND f.entry_id = c.entry_id"
@@ -59,6 +59,7 @@ typedef struct ConsumedEntry
 	Numeric		consumed;
 	Numeric		refunded;		/* before this call */
 	Numeric		refund;			/* by this call */
+	bool		tracked;
 } ConsumedEntry;
 
 /*
@@ -221,6 +222,7 @@ find_consumed(text *account, int64 entry_id, ConsumedEntry **entries, text **cre
 		entry->consumed = DatumGetNumeric(statement_value(i, 4, &isnull));
 		entry->refunded = DatumGetNumeric(statement_value(i, 5, &isnull));
 		entry->refund = amount_zero();
+		entry->tracked = DatumGetBool(statement_value(i, 6, &isnull));
 		if (amount_sign(entry->refunded) < 0 ||
 			amount_compare(entry->refunded, entry->consumed) > 0)
 			ereport(ERROR,
@@ -291,10 +293,25 @@ spread_refund(ConsumedEntry *entries, int n, int64 entry_id, Numeric amount)
 }
 
 /*
+ * What was tracked has been reported as so many units, which no later report
+ * takes off: given back here as well, it would be spent twice.
+ */
+pg_noreturn static void
+refuse_reported(const ConsumedEntry *entry, const Tranche *tranche)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("entry " INT64_FORMAT " was tracked, and is reported to upstream \"%s\"",
+					entry->entry_id, text_to_cstring(tranche->server)),
+			 errhint("Correct it there, or top up.")));
+}
+
+/*
  * lease_refund(account, entry_id, amount, reason, idempotency_key)
  *		Gives back an amount of what the call of an entry consumed, to the
  *		tranches that it came from, see pool_give_back(). Raises LC002, LC003,
- *		LC005 where that much is not left to refund, and LC009.
+ *		LC005 where that much is not left to refund, LC009, and 0A000 for what
+ *		was tracked of an upstream's lease.
  */
 PG_FUNCTION_INFO_V1(lease_refund);
 Datum
@@ -340,6 +357,8 @@ lease_refund(PG_FUNCTION_ARGS)
 		{
 			Tranche    *tranche = pool_get(&pool, entries[i].tranche_id);
 
+			if (entries[i].tracked && tranche->server && amount_sign(entries[i].refund) > 0)
+				refuse_reported(&entries[i], tranche);
 			pool_give_back(&pool, tranche, CONSUMED, entries[i].refund);
 			tranche->refund_of = entries[i].entry_id;
 		}

@@ -12,17 +12,16 @@
  */
 #include "postgres.h"
 
-#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/resowner.h"
 #include "utils/timestamp.h"
 
 #include "clock.h"
 #include "errors.h"
+#include "guard.h"
 #include "hold.h"
 #include "ledger.h"
 #include "reclaim.h"
@@ -214,27 +213,30 @@ reclaim_cover(Pool *pool, Numeric amount)
 	return amount_compare(pool->available, amount) >= 0;
 }
 
-/*
- * Sweeps one pool of a locked account: gives back at most limit holds, adding
- * to *given, and writes off what has expired. Returns whether there was
- * anything to do.
- */
-static bool
-sweep_pool(text *account, text *credit, int limit, int64 *given)
+/* One pool of a locked account, to be swept: at most limit holds */
+typedef struct Sweep
 {
-	Pool		pool = {.account = account, .credit = credit};
-	int			holds;
+	text	   *account;
+	text	   *credit;
+	int			limit;
+	int			given;			/* the holds that were given back */
+	bool		any;			/* there was something to do */
+} Sweep;
+
+/* Gives back holds, also those of nothing, of which no tranche knows, and writes off what has expired. */
+static void
+sweep_pool(void *arg)
+{
+	Sweep	   *sweep = arg;
+	Pool		pool = {.account = sweep->account, .credit = sweep->credit};
 	bool		written_off;
 
-	/* holds of nothing as well, of which no tranche knows */
 	statement_begin();
 	pool_read(&pool);
-	holds = give_back(&pool, limit);
+	sweep->given = give_back(&pool, sweep->limit);
 	written_off = write_off(&pool);
 	SPI_finish();
-
-	*given += holds;
-	return holds > 0 || written_off;
+	sweep->any = sweep->given > 0 || written_off;
 }
 
 /*
@@ -265,42 +267,23 @@ set_aside(text *account, text *credit, const ErrorData *error)
 static bool
 sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, int64 *given)
 {
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	volatile bool any = false;
-	volatile bool swept = false;
+	Sweep		sweep = {.account = account, .credit = credit, .limit = limit};
+	ErrorData  *error;
 	bool		frozen;
 
 	if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &frozen))
 		return false;
-
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	PG_TRY();
+	error = guard(sweep_pool, &sweep);
+	if (error)
 	{
-		any = sweep_pool(account, credit, limit, given);
-		ReleaseCurrentSubTransaction();
-		swept = true;
-	}
-	PG_CATCH();
-	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(context);
-		error = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
 		if (error->sqlerrcode != ERRCODE_LEASE_BOOKS)
 			ReThrowError(error);
 		set_aside(account, credit, error);
+		return false;
 	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
 
-	if (swept && was_set_aside)
+	*given += sweep.given;
+	if (was_set_aside)
 	{
 		Parameters	parameters = {0};
 
@@ -308,7 +291,7 @@ sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, in
 		parameter_add_pointer(&parameters, credit);
 		statement_execute(&take_back_statement, &parameters);
 	}
-	return any;
+	return sweep.any;
 }
 
 /*

@@ -2,11 +2,11 @@
  * settle.c
  *		lease_settle() and lease_track(): what was spent of a hold.
  *
- * A hold of lease_reserve() is settled by an amount; one of lease_check() is
- * tracked by a quantity, which costs what it did when the hold was made, and
- * is reported to the upstream as a quantity, once. That it was used is a fact,
- * whatever has become of the hold: when it has expired, the pool is charged
- * what it still has.
+ * A hold is settled by an amount of credit, and its usage reported as such. One
+ * of lease_check() is better tracked, by a quantity, which costs what it did
+ * when the hold was made, and is reported as a quantity, once. That it was used
+ * is a fact, whatever has become of the hold: when it has expired, the pool is
+ * charged what it still has.
  *
  * Locks: the account.
  */
@@ -150,8 +150,9 @@ lease_settle(PG_FUNCTION_ARGS)
 	{
 		require_settlement(&hold);
 		available = find_first_available(&pool, hold.end_entry_id, &metadata);
-		if (!request_same_jsonb(metadata, request.metadata) || !hold.overage || strcmp(text_to_cstring(hold.overage), overage_word[overage]) != 0 ||
-			amount_compare(amount, amount_add(hold.consumed, hold.shortfall)) != 0)
+		if (amount_compare(amount, amount_add(hold.consumed, hold.shortfall)) != 0 ||
+			!hold.overage || strcmp(text_to_cstring(hold.overage), overage_word[overage]) != 0 ||
+			(hold.end_entry_id != 0 && !request_same_jsonb(metadata, request.metadata)))
 			hold_has_ended(&pool, &hold);
 	}
 	else
@@ -197,12 +198,13 @@ charge_late(Pool *pool, Hold *hold, Numeric amount)
 }
 
 /*
- * Has the usage reported that is to be charged and not saved yet. What a grant
- * of our own has paid is no business of the upstream's: where it has paid a
- * part, so much less is reported.
+ * Has the usage reported that is to be charged and not saved yet, once: where
+ * several leases have paid, as that of the first. What a grant of our own has
+ * paid is no business of the upstream's: where it has paid a part, so much less
+ * is reported.
  */
 static void
-report(const Pool *pool, const Hold *hold, const char *usage_key)
+report(const Pool *pool, const Hold *hold, const char *key)
 {
 	Numeric		amount = amount_add(hold->consumed, hold->shortfall);
 	Numeric		owed = amount;
@@ -223,7 +225,7 @@ report(const Pool *pool, const Hold *hold, const char *usage_key)
 	if (amount_sign(owed) == 0)
 		return;
 	report_usage(pool, hold, tranche_id, amount_compare(owed, amount) == 0 ? hold->tracked :
-				 amount_part(hold->tracked, owed, amount), usage_key);
+				 amount_part(hold->tracked, owed, amount), key);
 }
 
 /*
@@ -289,6 +291,10 @@ lease_track(PG_FUNCTION_ARGS)
 		Numeric		amount = meter_amount(quantity, hold.rate, hold.unit);
 		bool		alive = hold_is_alive(&pool, &hold);
 
+		if (amount_has_too_many_digits(amount))
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("quantity costs more than an amount can be")));
 		hold.tracked = quantity;
 		hold.traits = request.metadata;
 		if (alive)

@@ -31,6 +31,7 @@
 #include "argument.h"
 #include "clock.h"
 #include "demand.h"
+#include "guard.h"
 #include "policy.h"
 #include "reclaim.h"
 #include "statement.h"
@@ -132,6 +133,22 @@ has_upstream(text *account, text *credit)
 	return statement_execute(&server_statement, &parameters) > 0;
 }
 
+/* What a pool has to have */
+typedef struct Need
+{
+	Pool	   *pool;
+	Numeric		amount;
+} Need;
+
+static bool
+lock_and_cover(void *arg)
+{
+	Need	   *need = arg;
+
+	reclaim_lock(need->pool, ACCOUNT_LOCK);
+	return reclaim_cover(need->pool, need->amount);
+}
+
 /*
  * Locks the account and returns whether the pool has an amount; if it has not,
  * the account is not locked any more, and the pool is as it was.
@@ -139,22 +156,9 @@ has_upstream(text *account, text *credit)
 static bool
 lock_if_enough(Pool *pool, Numeric needed)
 {
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
 	Pool		before = *pool;
-	bool		enough;
+	bool		enough = guard_attempt(lock_and_cover, &(Need) {pool, needed});
 
-	/* an error needs no catching: it ends the transaction that this is in */
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	reclaim_lock(pool, ACCOUNT_LOCK);
-	enough = reclaim_cover(pool, needed);
-	if (enough)
-		ReleaseCurrentSubTransaction();
-	else
-		RollbackAndReleaseCurrentSubTransaction();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
 	if (!enough)
 		*pool = before;
 	return enough;
