@@ -46,4 +46,37 @@ COMMIT;
 
 DROP ROLE regress_credit_lease_reader;
 
+-- Whoever catches such an error goes on as who they are, and with their names
+-- looked up where they were; also where it came out of a subtransaction.
+CREATE ROLE regress_credit_lease_spender;
+SELECT lease_grant_access('regress_credit_lease_spender', 'spend');
+GRANT USAGE ON SCHEMA test TO regress_credit_lease_spender;
+CREATE SERVER readonly_upstream FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'schematic', url 'http://127.0.0.1:1');
+INSERT INTO policy (credit, server) VALUES ('leased', 'readonly_upstream');
+INSERT INTO meter (feature, credit, rate) VALUES ('one', 'tokens', 1), ('two', 'tokens', 1), ('two', 'leased', 1);
+CREATE FUNCTION test.catch(call text) RETURNS TABLE (code text, is_user text, search_path text) LANGUAGE plpgsql AS $$
+BEGIN
+	EXECUTE 'SELECT ' || call;
+	RETURN QUERY SELECT '', current_user::text, current_setting('search_path');
+EXCEPTION WHEN OTHERS THEN
+	RETURN QUERY SELECT SQLSTATE, current_user::text, current_setting('search_path');
+END $$;
+BEGIN READ ONLY;
+SET LOCAL ROLE regress_credit_lease_spender;
+SELECT c.call, r.* FROM (VALUES
+	($$ credit_lease.lease_check('readonly:1', 'one', 1) $$),
+	($$ credit_lease.lease_check('readonly:1', 'two', 1) $$),
+	($$ credit_lease.lease_explain('readonly:1', 'one', 1) $$),
+	($$ credit_lease.lease_try_consume('readonly:1', 'leased', 1) $$),
+	($$ credit_lease.lease_try_reserve('readonly:1', 'leased', 1) $$)
+  ) c (call), LATERAL test.catch(c.call) r;
+COMMIT;
+SELECT code, is_user FROM test.catch($$ credit_lease.lease_explain('readonly:1', 'two', 1) $$);
+DELETE FROM policy;
+DELETE FROM meter;
+DROP SERVER readonly_upstream;
+DROP FUNCTION test.catch(text);
+DROP OWNED BY regress_credit_lease_spender;
+DROP ROLE regress_credit_lease_spender;
+
 SELECT * FROM credit_lease.lease_verify();
