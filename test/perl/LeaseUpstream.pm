@@ -13,6 +13,7 @@ use warnings;
 use File::Basename qw(dirname);
 use HTTP::Tiny;
 use JSON::PP;
+use Math::BigFloat;
 use POSIX qw(WNOHANG);
 use Test::More;
 use Time::HiRes qw(sleep);
@@ -84,6 +85,18 @@ sub balance
 	$self->_control(
 		POST => 'balance',
 		{ company_id => $company, credit_type_id => $credit, amount => "$amount" });
+	return;
+}
+
+# Says what events of a name cost from now on, in one credit if it is said, and
+# what that is rounded up to a multiple of: by itself to what amounts are here.
+sub rate
+{
+	my ($self, $event, $rate, $credit, $unit) = @_;
+
+	$self->_control(
+		POST => 'rate',
+		{ event => $event, credit_type_id => $credit, rate => "$rate", unit => '' . ($unit // '0.000000000001') });
 	return;
 }
 
@@ -177,6 +190,11 @@ sub server
 # Tests that its books are ours, those of the databases given as [node, name],
 # within half a minute. A lease that has ended may have been granted more than
 # we have heard of. One that we have not heard of was not used and has ended.
+#
+# What lease_track() was told is charged there to the first lease that has paid,
+# all of it; and to the company if no lease has. So that this can be compared,
+# events have to cost there what they do here, and what a grant of our own has
+# paid a part of, has to be divisible.
 sub same_books
 {
 	my ($self, $name, @databases) = @_;
@@ -192,11 +210,30 @@ sub same_books
 	return is(join("\n", @wrong), '', "$name: the upstream's books are ours");
 }
 
+# What lease_track() was told, what it costs upstream and which lease it is
+# charged to; reported is what was not refused
+my $reported = q{
+	WITH tracked AS (
+		SELECT r.account, r.credit, r.track_entry_id,
+			   r.consumed + r.shortfall - coalesce(sum(l.amount) FILTER (WHERE t.server IS NULL), 0) AS cost,
+			   (array_agg(t.tranche_id ORDER BY l.entry_id) FILTER (WHERE t.server IS NOT NULL AND l.amount > 0))[1] AS tranche_id
+		  FROM credit_lease.reservation r
+		  LEFT JOIN credit_lease.ledger l
+			ON l.account = r.account AND l.reservation_id = r.reservation_id AND l.kind = 'track'
+		  LEFT JOIN credit_lease.tranche t
+			ON t.account = l.account AND t.credit = l.credit AND t.tranche_id = l.tranche_id
+		 WHERE r.tracked > 0 GROUP BY r.account, r.reservation_id
+	),
+	reported AS (
+		SELECT * FROM tracked t WHERE cost > 0 AND NOT EXISTS (SELECT FROM credit_lease.usage_report r
+			WHERE r.account = t.account AND r.entry_id = t.track_entry_id)
+	)};
+
 # Returns what is not as same_books() wants it, in words.
 sub _differences
 {
 	my ($self, @databases) = @_;
-	my (%ours, @wrong);
+	my (%ours, %companies, @wrong);
 
 	for (@databases)
 	{
@@ -207,10 +244,14 @@ sub _differences
 				OR EXISTS (SELECT FROM credit_lease.upstream_request WHERE kind <> 'acquire' AND NOT refused)
 				OR EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.tranche t
 					USING (account, credit, tranche_id) WHERE t.consumed <> u.consumed)}) eq 't';
-		for (split /\n/, $node->safe_psql($dbname, q{
+		for (split /\n/, $node->safe_psql($dbname, $reported . q{
 			SELECT t.lease_id, t.granted,
 				   t.consumed + u.owed - coalesce((SELECT sum(r.quantity) FROM credit_lease.usage_report r
-					WHERE r.account = t.account AND r.credit = t.credit AND r.tranche_id = t.tranche_id), 0),
+					WHERE r.account = t.account AND r.credit = t.credit AND r.tranche_id = t.tranche_id
+					  AND r.entry_id NOT IN (SELECT track_entry_id FROM tracked)), 0)
+				   - coalesce((SELECT sum(l.amount) FROM credit_lease.ledger l
+					WHERE l.account = t.account AND l.tranche_id = t.tranche_id AND l.kind = 'track'), 0)
+				   + coalesce((SELECT sum(r.cost) FROM reported r WHERE r.tranche_id = t.tranche_id), 0),
 				   CASE WHEN t.released_at IS NOT NULL THEN 'released' WHEN t.expires_at > clock_timestamp() THEN 'live'
 					ELSE 'expired' END
 			  FROM credit_lease.tranche t JOIN credit_lease.lease_usage u USING (account, credit, tranche_id)}))
@@ -219,6 +260,15 @@ sub _differences
 
 			push @wrong, "$id is there twice" if exists $ours{$id};
 			$ours{$id} = { granted => $granted, used => $used, state => $state };
+		}
+		for (split /\n/, $node->safe_psql($dbname, $reported . q{
+			SELECT p.company_id || ' ' || p.credit_type_id, sum(r.cost)
+			  FROM reported r, credit_lease.lease_policy(r.account, r.credit) p
+			 WHERE r.tranche_id IS NULL AND p.server IS NOT NULL GROUP BY 1}))
+		{
+			my ($company, $used) = split /\|/;
+
+			$companies{$company} = Math::BigFloat->new($used) + ($companies{$company} // 0);
 		}
 	}
 
@@ -236,6 +286,14 @@ sub _differences
 		  || ($theirs->{state} eq 'released' && $lease->{state} eq 'live');
 	}
 	push @wrong, "$_ is not there" for sort keys %ours;
+	for my $theirs (@{ $books->{companies} })
+	{
+		my $company = "$theirs->{company_id} $theirs->{credit_type_id}";
+		my $used = delete $companies{$company} // 0;
+
+		push @wrong, "$company: used $theirs->{used} without a lease; here $used" if $theirs->{used} != $used;
+	}
+	push @wrong, "$_: used $companies{$_} here without a lease" for sort keys %companies;
 	push @wrong, 'they are not consistent' unless $books->{consistent};
 	push @wrong, "$books->{events}{$_} events are $_" for grep { $books->{events}{$_} } qw(conflicts uncharged);
 	return @wrong;

@@ -16,11 +16,20 @@ the balance. Usage beyond what is out, as all usage of a closed lease is, is cha
 below zero. So, at every commit:
 
     for a lease      granted = used + released + out    (released: gone back to the balance, less what that was charged)
-    for a company    total = balance + the sum of out + the sum of used
+    for a company    total = balance + the sum of out + the sum of used, its own and its leases'
+
+Usage is an event and a quantity. It costs quantity * rate of the lease's credit, rounded up to a multiple of the unit
+where there is one: by the rate of its name and that credit, or else of its name, or else 1. An event is charged once,
+at the rate of that moment. One without a lease_id, for what was used without any lease, is charged to the balance and
+to what the company has used itself; but only if it is known which credit that is: the one credit of the company that
+has a rate for events of that name. Any other event without a lease is recorded and counted as uncharged, and so is one
+of an unknown lease, or of another company's.
 
 Control interface: JSON, no API key. Amounts may be texts there.
 
     POST   /_/balance           {company_id, credit_type_id, amount}: adds to what the company has
+    POST   /_/rate              {event, credit_type_id, rate, unit}: what events of that name cost from now on, without
+                                credit_type_id in any credit; without a unit nothing is rounded
     GET    /_/books             {companies, leases, events, requests, consistent}, consistent worked out from the rows
     GET    /_/requests?since=N  {requests}: those after number N. in_flight counts the calls of the same kind for the
                                 same slot (events: all of them) whose clients wait at that moment, this one included;
@@ -74,7 +83,7 @@ SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = OFF;
 CREATE TABLE IF NOT EXISTS company (
-    company_id TEXT, credit_type_id TEXT, total DECIMAL_TEXT, balance DECIMAL_TEXT,
+    company_id TEXT, credit_type_id TEXT, total DECIMAL_TEXT, balance DECIMAL_TEXT, used DECIMAL_TEXT,
     PRIMARY KEY (company_id, credit_type_id));
 CREATE TABLE IF NOT EXISTS lease (
     id TEXT PRIMARY KEY, company_id TEXT, credit_type_id TEXT, state TEXT,
@@ -83,8 +92,12 @@ CREATE TABLE IF NOT EXISTS lease (
 CREATE UNIQUE INDEX IF NOT EXISTS lease_slot ON lease (company_id, credit_type_id) WHERE state = 'live';
 CREATE INDEX IF NOT EXISTS lease_live ON lease (expires_at) WHERE state = 'live';
 CREATE INDEX IF NOT EXISTS lease_out ON lease (expires_at) WHERE out <> '0';
+CREATE TABLE IF NOT EXISTS rate (
+    event TEXT, credit_type_id TEXT, rate DECIMAL_TEXT, unit DECIMAL_TEXT,
+    PRIMARY KEY (event, credit_type_id));
 CREATE TABLE IF NOT EXISTS event (
     idempotency_key TEXT PRIMARY KEY, lease_id TEXT, quantity DECIMAL_TEXT, event TEXT, company TEXT,
+    company_id TEXT, credit_type_id TEXT, cost DECIMAL_TEXT,
     charged INT, duplicates INT DEFAULT 0, conflicts INT DEFAULT 0);
 CREATE TABLE IF NOT EXISTS reply (idempotency_key TEXT PRIMARY KEY, request TEXT, data TEXT);
 CREATE TABLE IF NOT EXISTS request (
@@ -223,9 +236,9 @@ class Books:
                          company_id, credit_type_id)
         return found['balance'] if found else Decimal(0)
 
-    def charge(self, lease, amount):
-        """Takes an amount, of either sign, from the balance of the lease's company."""
-        slot = lease['company_id'], lease['credit_type_id']
+    def charge(self, owner, amount):
+        """Takes an amount, of either sign, from the balance of a company, or of the company of a lease."""
+        slot = owner['company_id'], owner['credit_type_id']
         self.db.execute('UPDATE company SET balance = ? WHERE company_id = ? AND credit_type_id = ?',
                         (self.balance(*slot) - amount, *slot))
 
@@ -338,27 +351,55 @@ class Books:
                 (not same, key))
             return {'idempotency_key': key, 'duplicate': True}
 
-        lease = self.row('SELECT * FROM lease WHERE id = ?', lease_id)
-        charged = lease is not None and (not company or lease['company_id'] in company.values())
-        if charged:
-            from_lease = min(quantity, lease['out'])
-            self.charge(lease, quantity - from_lease)
-            lease['used'] += quantity
-            lease['out'] -= from_lease
-            lease['released'] -= quantity - from_lease
-            self.save(lease)
-        self.db.execute('INSERT INTO event (idempotency_key, lease_id, quantity, event, company, charged)'
-                        ' VALUES (?, ?, ?, ?, ?, ?)', (key, lease_id, quantity, name, encode(company), charged))
+        payer = self.payer(lease_id, company, name)
+        cost = payer and self.cost(name, payer['credit_type_id'], quantity)
+        if payer and lease_id is not None:
+            from_lease = min(cost, payer['out'])
+            self.charge(payer, cost - from_lease)
+            payer['used'] += cost
+            payer['out'] -= from_lease
+            payer['released'] -= cost - from_lease
+            self.save(payer)
+        elif payer:
+            self.charge(payer, cost)
+            self.db.execute('UPDATE company SET used = ? WHERE company_id = ? AND credit_type_id = ?',
+                            (payer['used'] + cost, payer['company_id'], payer['credit_type_id']))
+        self.db.execute('INSERT INTO event (idempotency_key, lease_id, quantity, event, company, company_id,'
+                        ' credit_type_id, cost, charged) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)',
+                        (key, lease_id, quantity, name, encode(company), payer and payer['company_id'],
+                         payer and payer['credit_type_id'], cost, payer is not None))
         return {'idempotency_key': key, 'duplicate': False}
+
+    def payer(self, lease_id, company, event):
+        """Returns the row of the lease or the company that an event is charged to, None if it is not known."""
+        if lease_id is not None:
+            lease = self.row('SELECT * FROM lease WHERE id = ?', lease_id)
+            return lease if lease and (not company or lease['company_id'] in company.values()) else None
+        found = [row for row in self.rows('SELECT c.* FROM company c JOIN rate r USING (credit_type_id) WHERE r.event = ?',
+                                          event) if row['company_id'] in company.values()]
+        return found[0] if len(found) == 1 else None
+
+    def cost(self, event, credit_type_id, quantity):
+        known = self.row("SELECT * FROM rate WHERE event = ? AND credit_type_id IN (?, '')"
+                         ' ORDER BY credit_type_id DESC', event, credit_type_id)
+        if not known:
+            return quantity
+        amount, unit = quantity * known['rate'], known['unit']
+        if unit is None or amount % unit == 0:
+            return amount
+        return (amount // unit + 1) * unit
 
     # what the control interface asks for
 
     def add(self, company_id, credit_type_id, amount):
-        self.db.execute("INSERT OR IGNORE INTO company VALUES (?, ?, '0', '0')", (company_id, credit_type_id))
+        self.db.execute("INSERT OR IGNORE INTO company VALUES (?, ?, '0', '0', '0')", (company_id, credit_type_id))
         old = self.row('SELECT * FROM company WHERE company_id = ? AND credit_type_id = ?', company_id, credit_type_id)
         self.db.execute(
             'UPDATE company SET total = ?, balance = ? WHERE company_id = ? AND credit_type_id = ?',
             (old['total'] + amount, old['balance'] + amount, company_id, credit_type_id))
+
+    def set_rate(self, event, credit_type_id, rate, unit):
+        self.db.execute('INSERT OR REPLACE INTO rate VALUES (?, ?, ?, ?)', (event, credit_type_id or '', rate, unit))
 
     def report(self):
         companies = self.rows('SELECT * FROM company ORDER BY company_id, credit_type_id')
@@ -369,13 +410,15 @@ class Books:
         used = {}
         for event in events:
             if event['charged']:
-                used[event['lease_id']] = used.get(event['lease_id'], 0) + event['quantity']
-        spread = {(c['company_id'], c['credit_type_id']): c['balance'] for c in companies}
+                payer = event['lease_id'] or (event['company_id'], event['credit_type_id'])
+                used[payer] = used.get(payer, 0) + event['cost']
+        spread = {(c['company_id'], c['credit_type_id']): c['balance'] + c['used'] for c in companies}
         for lease in leases:
             spread[lease['company_id'], lease['credit_type_id']] += lease['out'] + lease['used']
         consistent = (
             all(lease['granted'] == lease['used'] + lease['released'] + lease['out'] for lease in leases)
             and all(lease['used'] == used.get(lease['id'], 0) and lease['out'] >= 0 for lease in leases)
+            and all(c['used'] == used.get((c['company_id'], c['credit_type_id']), 0) for c in companies)
             and all(c['total'] == spread[c['company_id'], c['credit_type_id']] for c in companies))
 
         return {
@@ -397,7 +440,7 @@ class Books:
         return rows
 
     def forget(self):
-        for table in ('company', 'lease', 'event', 'reply', 'request'):
+        for table in ('company', 'lease', 'rate', 'event', 'reply', 'request'):
             self.db.execute(f'DELETE FROM {table}')
 
 
@@ -749,13 +792,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         books = self.server.books
         try:
             body = decode(raw or '{}')
+            for name in ('amount', 'rate', 'unit'):
+                if isinstance(body.get(name), str):
+                    body[name] = Decimal(body[name])
             with books.transaction():
                 match self.command, url.path:
                     case 'POST' | 'PUT', '/_/balance':
-                        if isinstance(body.get('amount'), str):
-                            body['amount'] = Decimal(body['amount'])
                         books.add(text_field(body, 'company_id'), text_field(body, 'credit_type_id'),
                                   amount_field(body, 'amount', minimum=0))
+                        return Reply(200, {})
+                    case 'POST' | 'PUT', '/_/rate':
+                        books.set_rate(text_field(body, 'event'), text_field(body, 'credit_type_id', required=False),
+                                       amount_field(body, 'rate', minimum=0),
+                                       amount_field(body, 'unit') if body.get('unit') is not None else None)
                         return Reply(200, {})
                     case 'POST', '/_/fault':
                         self.server.faults.append(Fault(body))
