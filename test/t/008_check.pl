@@ -257,6 +257,14 @@ for my $account (qw(both second only))
 all_is_told('several credits');
 is(join(' ', sort map { "$_->{credit_type_id} $_->{used}" } leases('only')), 'images 3 tokens 12', 'each costs its own rate');
 
+# a check that cannot wait has the upstream asked all the same, for the next one
+account(['held'], 1000);
+$upstream->balance('held', 'images', 1000);
+sql("BEGIN; SELECT lease_topup('held', 'other', 1);");
+is(check('held', 'image', 5), 'f|insufficient_credit|5', 'a check whose transaction has the account is denied');
+sql('ROLLBACK;');
+becomes($node, "SELECT count(*) > 0 FROM credit_lease.open_lease WHERE account = 'held'", 'but there is a lease then');
+
 # ---------------------------------------------------------------------------
 # An upstream that has no more: that is an answer, and no failure.
 
@@ -288,8 +296,12 @@ sql("SELECT lease_topup('local', 'tokens', 10);");
 is(use_it('local', 'chat', 40, '{"a": 1}'), 't|10|0|0', 'a grant of our own pays');
 sql("SELECT lease_topup('local', 'tokens', 2);");
 is(use_it('local', 'chat', 32), 't|2|0|6', 'or pays a part');
+account(['local and leased'], 1000);
+sql("SELECT lease_prewarm('local and leased', '{tokens}'); SELECT lease_topup('local and leased', 'tokens', 2, priority => 1);");
+is(use_it('local and leased', 'chat', 16), 't|4|0|0', 'or another part than a lease');
 all_is_told('a grant of our own');
 is(told('local'), 'chat 24', 'which is not reported');
+is(told('local and leased'), 'chat 8', '... nor then');
 
 # ---------------------------------------------------------------------------
 # The upstream is down: closed denies, open allows, and both in time.
@@ -382,6 +394,14 @@ sql("BEGIN; SELECT lease_topup('locked', 'other', 1);
 	SET LOCAL credit_lease.mock_now = '" . sql("SELECT expires_at + interval '1 s' FROM reservation WHERE account = 'locked';") . "';");
 is(track('locked', $id, 12), 'f|3|2.5|0', 'what nobody has swept yet is charged as well');
 sql('COMMIT;');
+
+# Nor does the end of its lease concern a hold: it is released when all is told.
+account(['released'], 1000);
+(undef, $id) = check('released', 'chat', 10);
+is(sql("SELECT lease_release('released', 'tokens');"), 't', 'a lease is released of which something is held');
+is(track('released', $id, 8), 't|2|0|0', 'the hold is tracked');
+becomes($node, "SELECT count(*) = 0 FROM credit_lease.upstream_request WHERE account = 'released'", 'then the upstream hears of the release');
+is(join(' ', map { $_->{kind} } grep { ($_->{company_id} // '') eq 'released' } $upstream->requests), 'acquire events release', 'after what was used');
 
 my ($status) = pgbench($node, '-c 4 -t 40', { 'track' => q{
 \set a random(1, 4)
