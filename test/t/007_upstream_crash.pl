@@ -272,8 +272,9 @@ app('made again');
 is(sql("SELECT setval('entry_id_seq', $entry - 2); SELECT available FROM lease_consume('a', 'tokens', 10)", 'app') =~ s/.*\n//sr,
 	90, 'one that is made again leases');
 is(sql('SELECT max(entry_id) FROM ledger', 'app'), $entry, 'and has an entry of the same number');
+becomes($node, 'SELECT consumed = 10 FROM credit_lease.lease_usage', 'which is to be told', dbname => 'app');
 $upstream->clear;
-until_true(sub { grep { $_->{company_id} eq 'made again' && $_->{used} == 10 } @{ $upstream->books->{leases} } }, 'which is told');
+until_true(sub { grep { $_->{company_id} eq 'made again' && $_->{used} == 10 } @{ $upstream->books->{leases} } }, 'and is told');
 books_balance($node, 'an extension that was made again', dbname => 'app');
 
 # A database, and one that is nothing to the worker.
