@@ -375,8 +375,8 @@ class Books:
         if lease_id is not None:
             lease = self.row('SELECT * FROM lease WHERE id = ?', lease_id)
             return lease if lease and (not company or lease['company_id'] in company.values()) else None
-        found = [row for row in self.rows('SELECT c.* FROM company c JOIN rate r USING (credit_type_id) WHERE r.event = ?',
-                                          event) if row['company_id'] in company.values()]
+        rated = self.rows('SELECT c.* FROM company c JOIN rate r USING (credit_type_id) WHERE r.event = ?', event)
+        found = [row for row in rated if row['company_id'] in company.values()]
         return found[0] if len(found) == 1 else None
 
     def cost(self, event, credit_type_id, quantity):
