@@ -86,7 +86,7 @@ amount_round_up(Numeric a, Numeric unit)
 	return DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale, NumericGetDatum(rounded)));
 }
 
-/* Returns as much of an amount as a part is of the whole, to the smallest amount there is. */
+/* Returns as much of an amount as a part is of the whole, or less by no more than the smallest amount there is. */
 Numeric
 amount_part(Numeric a, Numeric part, Numeric whole)
 {
@@ -95,7 +95,7 @@ amount_part(Numeric a, Numeric part, Numeric whole)
 											   NumericGetDatum(whole));
 
 	return DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale,
-											   DirectFunctionCall2(numeric_round, quotient,
+											   DirectFunctionCall2(numeric_trunc, quotient,
 																   Int32GetDatum(AMOUNT_MAX_SCALE))));
 }
 

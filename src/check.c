@@ -67,7 +67,7 @@ typedef struct Check
 
 	/* what it comes to */
 	const char *reason;
-	char	   *error;
+	const char *error;			/* what failed, also where it did not matter; NULL for nothing */
 	Meter	   *meter;			/* NULL for none */
 	int			nmeters;
 	Meter	   *meters;
@@ -102,7 +102,7 @@ become_caller(const Caller *caller)
 
 /* Says no, and why. */
 static void
-deny(Check *check, const char *reason, char *error)
+deny(Check *check, const char *reason, const char *error)
 {
 	check->reason = reason;
 	check->error = error;
@@ -122,7 +122,7 @@ is_quantity(Check *check)
 	else if (amount_has_too_many_digits(check->quantity))
 		problem = "quantity has too many digits";
 	if (problem)
-		deny(check, "invalid_quantity", pstrdup(problem));
+		deny(check, "invalid_quantity", problem);
 	return problem == NULL;
 }
 
@@ -237,10 +237,11 @@ hold(Check *check, Pool *pool)
 	check->available = pool->available;
 }
 
-/* Locks and reads the pool that pays; returns whether it may, which is no matter of credit where anybody passes. */
+/* Locks and reads the pool that is to pay; returns whether it may. */
 static bool
-read_pool(Check *check, Pool *pool, bool passes)
+read_pool(Check *check, Pool *pool)
 {
+	bool		passes = may_pass(check);
 	bool		enough;
 
 	*pool = (Pool) {.account = check->account, .credit = check->meter->credit};
@@ -248,12 +249,15 @@ read_pool(Check *check, Pool *pool, bool passes)
 	enough = reclaim_cover(pool, check->meter->amount);
 	check->available = pool->available;
 	if (pool_is_frozen(pool))
+	{
 		deny(check, "frozen", NULL);
-	else if (!enough && !passes)
+		return false;
+	}
+	if (!enough && check->error == NULL)
+		check->error = "insufficient_credit";
+	if (!enough && !passes)
 		deny(check, "insufficient_credit", NULL);
-	else
-		return true;
-	return false;
+	return enough || passes;
 }
 
 /* Decides about a quantity that has its price. */
@@ -261,22 +265,22 @@ static void
 decide(Check *check)
 {
 	Pool		pool;
-	bool		passes = false;
 	Numeric		assumed;
 
 	if (!find_credit(check, &pool))
 	{
-		passes = may_pass(check);
-		if (check->error == NULL && passes)
-			check->error = pstrdup(check->reason);
-		if (!passes || !read_pool(check, &pool, passes))
+		if (!may_pass(check))
+			return;
+		if (check->error == NULL)
+			check->error = check->reason;
+		if (!read_pool(check, &pool))
 			return;
 	}
 	check->available = assumed = pool.available;
 	if (amount_compare(assumed, check->meter->amount) < 0)
 		assumed = check->meter->amount;
 	if (!ask_rule(check, assumed) ||
-		(check->meter->rule && !read_pool(check, &pool, passes)))	/* the rule may have changed it */
+		(check->meter->rule && !read_pool(check, &pool)))	/* the rule may have changed it */
 		return;
 	hold(check, &pool);
 	check->reason = allowed;

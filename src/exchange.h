@@ -46,6 +46,7 @@ typedef struct Exchange
 	int			lane;
 	ArrayType  *accounts;
 	ArrayType  *entry_ids;
+	ArrayType  *keys;
 	int			nreports;
 
 	TimestampTz sent_at;		/* 0 before it is */

@@ -19,16 +19,12 @@
  * comes last.
  */
 static Statement meters_statement = {
-	.sql = "SELECT m.credit, m.rate, p.smallest_unit, p.failure_mode = 'open', t.leased, f.frozen, t.available,"
+	.sql = "SELECT m.credit, m.rate, p.smallest_unit, p.failure_mode = 'open', f.frozen,"
 	" coalesce(m.event, p.event, m.feature), m.rule"
 	" FROM (SELECT DISTINCT ON (v.credit) v.* FROM credit_lease.meter v"
 	"  WHERE v.feature = $2 AND v.valid_from <= $3 AND (v.valid_until IS NULL OR v.valid_until > $3)"
 	"  ORDER BY v.credit, v.valid_from DESC) m"
 	" CROSS JOIN LATERAL credit_lease.lease_policy($1, m.credit) p"
-	" CROSS JOIN LATERAL (SELECT coalesce(pg_catalog.sum(s.remaining), 0) AS available,"
-	"   coalesce(pg_catalog.bool_or(s.kind = 'upstream'), false) AS leased"
-	"  FROM credit_lease.tranche s WHERE s.account = $1 AND s.credit = m.credit AND s.open"
-	"  AND s.released_at IS NULL AND (s.expires_at IS NULL OR s.expires_at > $3)) t"
 	" CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM credit_lease.frozen_pool z"
 	"  WHERE z.account = $1 AND (z.credit IS NULL OR z.credit = m.credit)) AS frozen) f"
 	" ORDER BY m.credit IS NULL, m.preference, m.credit",
@@ -43,6 +39,12 @@ meter_amount(Numeric quantity, Numeric rate, Numeric unit)
 	return amount_round_up(amount_multiply(quantity, rate), unit);
 }
 
+static Statement balance_statement = {
+	.sql = "SELECT b.available, b.leased > 0 FROM credit_lease.balance b WHERE b.account = $1 AND b.credit = $2",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
+
 /* Reads what is valid of a feature; the amount is what the quantity costs. */
 static void
 read_meter(uint64 row, Numeric quantity, Meter *meter)
@@ -53,8 +55,8 @@ read_meter(uint64 row, Numeric quantity, Meter *meter)
 	memset(meter, 0, sizeof(*meter));
 	value = statement_value(row, 1, &isnull);
 	meter->credit = isnull ? NULL : DatumGetTextPP(value);
-	meter->event = DatumGetTextPP(statement_value(row, 8, &isnull));
-	value = statement_value(row, 9, &isnull);
+	meter->event = DatumGetTextPP(statement_value(row, 6, &isnull));
+	value = statement_value(row, 7, &isnull);
 	meter->rule = isnull ? NULL : TextDatumGetCString(value);
 	if (meter->credit == NULL)
 		return;
@@ -62,10 +64,24 @@ read_meter(uint64 row, Numeric quantity, Meter *meter)
 	meter->rate = DatumGetNumeric(statement_value(row, 2, &isnull));
 	meter->unit = DatumGetNumeric(statement_value(row, 3, &isnull));
 	meter->open = DatumGetBool(statement_value(row, 4, &isnull));
-	meter->leased = DatumGetBool(statement_value(row, 5, &isnull));
-	meter->frozen = DatumGetBool(statement_value(row, 6, &isnull));
-	meter->available = DatumGetNumeric(statement_value(row, 7, &isnull));
+	meter->frozen = DatumGetBool(statement_value(row, 5, &isnull));
 	meter->amount = meter_amount(quantity, meter->rate, meter->unit);
+}
+
+/* Looks at what the pool has, by the clock. */
+static void
+read_balance(text *account, Meter *meter)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	meter->available = amount_zero();
+	parameter_add_pointer(&parameters, account);
+	parameter_add_pointer(&parameters, meter->credit);
+	if (statement_execute(&balance_statement, &parameters) == 0)
+		return;
+	meter->available = DatumGetNumeric(statement_value(0, 1, &isnull));
+	meter->leased = DatumGetBool(statement_value(0, 2, &isnull));
 }
 
 static bool
@@ -100,6 +116,12 @@ meter_find(text *account, text *feature, Numeric quantity, TimestampTz now, Mete
 		read_meter(i, quantity, &found[i]);
 	if (n > 1 && found[n - 1].credit == NULL)
 		n--;
+	/* where it does not become known under the lock anyway */
+	for (int i = 0; i < n && found[i].credit; i++)
+	{
+		if (n > 1 || found[i].frozen || amount_sign(quantity) == 0)
+			read_balance(account, &found[i]);
+	}
 	for (int pass = 0; pass < 2; pass++)
 	{
 		for (int i = 0; i < n; i++)

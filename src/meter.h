@@ -12,9 +12,9 @@ typedef struct Meter
 	Numeric		unit;
 	Numeric		amount;			/* the quantity's */
 	bool		open;			/* who has not enough credit may pass */
-	bool		leased;			/* the pool has a lease that is alive */
 	bool		frozen;
-	Numeric		available;		/* in the pool, as it is seen without a lock */
+	bool		leased;			/* something of what is available is from a lease */
+	Numeric		available;		/* in the pool, as it is seen without a lock; NULL where nobody has looked */
 	text	   *event;
 	char	   *rule;			/* NULL for none */
 } Meter;

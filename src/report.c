@@ -121,12 +121,13 @@ static Statement usage_statement = {
 /* The next reports of each lane that is free. */
 static Statement due_statement = {
 	.custom = true,
-	.sql = "SELECT s.server, n.lane, b.accounts, b.entry_ids, b.n,"
+	.sql = "SELECT s.server, n.lane, b.accounts, b.entry_ids, b.keys, b.n,"
 	" pg_catalog.jsonb_build_object('idempotency_key', pg_catalog.gen_random_uuid(), 'events', b.events)"
 	" FROM (SELECT p.srvname::pg_catalog.text COLLATE \"C\" AS server FROM pg_catalog.pg_foreign_server p"
 	"  WHERE p.srvname <> ALL ($3::pg_catalog.name[])) s"
 	" CROSS JOIN " LANES " AS n (lane)"
 	" CROSS JOIN LATERAL (SELECT pg_catalog.array_agg(r.account) AS accounts, pg_catalog.array_agg(r.entry_id) AS entry_ids,"
+	"   pg_catalog.array_agg(r.idempotency_key) AS keys,"
 	"   pg_catalog.count(*)::pg_catalog.int4 AS n,"
 	"   pg_catalog.jsonb_agg((pg_catalog.jsonb_build_object('idempotency_key', r.idempotency_key,"
 	"    'event', r.event, 'quantity', pg_catalog.trim_scale(r.quantity), 'account', r.account, 'credit', r.credit,"
@@ -143,21 +144,25 @@ static Statement due_statement = {
 	.argtypes = {INT4OID, INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT4OID}
 };
 
+/*
+ * The key tells a report from one that has its number by now, as where the
+ * extension was dropped and created again while it was under way.
+ */
+#define REPORTS "unnest($1, $2, $3) AS t (account, entry_id, idempotency_key)" \
+	" WHERE r.account = t.account AND r.entry_id = t.entry_id AND r.idempotency_key = t.idempotency_key"
+
 static Statement taken_statement = {
 	.custom = true,
-	.sql = "DELETE FROM credit_lease.usage_report r USING unnest($1, $2) AS t (account, entry_id)"
-	" WHERE r.account = t.account AND r.entry_id = t.entry_id",
-	.nargs = 2,
-	.argtypes = {TEXTARRAYOID, INT8ARRAYOID}
+	.sql = "DELETE FROM credit_lease.usage_report r USING " REPORTS,
+	.nargs = 3,
+	.argtypes = {TEXTARRAYOID, INT8ARRAYOID, TEXTARRAYOID}
 };
 
 static Statement refused_statement = {
 	.custom = true,
-	.sql = "UPDATE credit_lease.usage_report r SET lane = $4, error = $3, refused_at = $5"
-	" FROM unnest($1, $2) AS t (account, entry_id)"
-	" WHERE r.account = t.account AND r.entry_id = t.entry_id",
-	.nargs = 5,
-	.argtypes = {TEXTARRAYOID, INT8ARRAYOID, TEXTOID, INT4OID, TIMESTAMPTZOID}
+	.sql = "UPDATE credit_lease.usage_report r SET lane = $5, error = $4, refused_at = $6 FROM " REPORTS,
+	.nargs = 6,
+	.argtypes = {TEXTARRAYOID, INT8ARRAYOID, TEXTARRAYOID, TEXTOID, INT4OID, TIMESTAMPTZOID}
 };
 
 /* A lane that has failed, while it waits */
@@ -296,7 +301,7 @@ report_prepare(List *exchanges, int most, TimestampTz *next_due)
 		char	   *error;
 		bool		isnull;
 		Exchange   *exchange = exchange_prepare(SPI_getvalue(row, rows->tupdesc, 1), "report",
-												DatumGetJsonbP(SPI_getbinval(row, rows->tupdesc, 6, &isnull)),
+												DatumGetJsonbP(SPI_getbinval(row, rows->tupdesc, 7, &isnull)),
 												&error);
 
 		if (exchange == NULL)
@@ -304,7 +309,8 @@ report_prepare(List *exchanges, int most, TimestampTz *next_due)
 		exchange->lane = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 2, &isnull));
 		exchange->accounts = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 3, &isnull));
 		exchange->entry_ids = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 4, &isnull));
-		exchange->nreports = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 5, &isnull));
+		exchange->keys = DatumGetArrayTypePCopy(SPI_getbinval(row, rows->tupdesc, 5, &isnull));
+		exchange->nreports = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 6, &isnull));
 		MemoryContextSwitchTo(old);
 		prepared = lappend(prepared, exchange);
 	}
@@ -354,6 +360,7 @@ report_take(Exchange *exchange)
 
 	parameter_add_pointer(&parameters, exchange->accounts);
 	parameter_add_pointer(&parameters, exchange->entry_ids);
+	parameter_add_pointer(&parameters, exchange->keys);
 	if (exchange->result == EXCHANGE_REFUSED)
 	{
 		bool		in_company = exchange->nreports > 1;

@@ -267,6 +267,10 @@ lease_track(PG_FUNCTION_ARGS)
 	reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	quantity = argument_amount(fcinfo, 2, "quantity", AMOUNT_NOT_NEGATIVE);
 	request.metadata = argument_optional_jsonb(fcinfo, 3);
+	if (request.metadata && !JB_ROOT_IS_OBJECT(request.metadata))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("traits must be a JSON object")));
 	caller = statement_begin();
 
 	hold_lock(&pool, reservation_id, &hold);

@@ -151,7 +151,8 @@ lock_and_cover(void *arg)
 
 /*
  * Locks the account and returns whether the pool has an amount; if it has not,
- * the account is not locked any more, and the pool is as it was.
+ * the account is not locked any more, and the pool is as it was, but for what
+ * was seen of it.
  */
 static bool
 lock_if_enough(Pool *pool, Numeric needed)
@@ -160,7 +161,11 @@ lock_if_enough(Pool *pool, Numeric needed)
 	bool		enough = guard_attempt(lock_and_cover, &(Need) {pool, needed});
 
 	if (!enough)
+	{
+		before.available = pool->available;
+		before.may_be_frozen = pool->may_be_frozen;
 		*pool = before;
+	}
 	return enough;
 }
 
@@ -192,6 +197,17 @@ wait_for_supply(Pool *pool, Numeric needed, TimestampTz until)
 	return true;
 }
 
+/* Has the upstream asked by a call that cannot wait for it: for those that come after it. */
+static void
+ask_for_others(const Pool *pool, Numeric needed)
+{
+	char		error[DEMAND_MAX_ERROR];
+
+	if (has_upstream(pool->account, pool->credit))
+		demand_wait(text_to_cstring(pool->account), text_to_cstring(pool->credit), needed,
+					GetCurrentTimestamp(), error);
+}
+
 /* Returns until when a call that begins to wait now does so. */
 TimestampTz
 supply_deadline(void)
@@ -211,7 +227,10 @@ supply_lock_if_enough(Pool *pool, Numeric needed, TimestampTz until)
 	if (!IsolationUsesXactSnapshot() && policy_has_server() &&
 		has_upstream(pool->account, pool->credit) && !is_held_by_us(pool->account))
 		return wait_for_supply(pool, needed, until);
-	return lock_if_enough(pool, needed);
+	if (lock_if_enough(pool, needed))
+		return true;
+	ask_for_others(pool, needed);
+	return false;
 }
 
 /*
@@ -227,7 +246,6 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 {
 	bool		old_snapshot = IsolationUsesXactSnapshot();
 	FirstCall	first;
-	char		error[DEMAND_MAX_ERROR];
 
 	/* an old snapshot is nothing to remember policies by */
 	if (!old_snapshot && !policy_has_server())
@@ -242,9 +260,8 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 		return;
 
 	reclaim_lock(pool, ACCOUNT_LOCK);
-	if (!reclaim_cover(pool, needed) && has_upstream(pool->account, pool->credit))
-		demand_wait(text_to_cstring(pool->account), text_to_cstring(pool->credit), needed,
-					GetCurrentTimestamp(), error);
+	if (!reclaim_cover(pool, needed))
+		ask_for_others(pool, needed);
 }
 
 static const char *const answer_word[] = {"pending", "live", "no upstream", "refused", "unreachable"};
