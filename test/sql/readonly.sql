@@ -10,6 +10,8 @@ SET credit_lease.mock_now = '2030-01-01 00:00:00+00';
 SELECT available FROM lease_topup('readonly:1', 'tokens', 10, expires_at => '2030-01-02');
 SELECT entry_id FROM lease_consume('readonly:1', 'tokens', 1, 'key') \gset
 SELECT reservation_id FROM lease_reserve('readonly:1', 'tokens', 2, '1 minute') \gset
+INSERT INTO meter (feature, credit, rate) VALUES ('readonly.call', 'tokens', 1), ('readonly.free', NULL, NULL);
+SELECT reservation_id AS checked FROM lease_check('readonly:1', 'readonly.call', 1, ttl => '1 minute') \gset
 CREATE ROLE regress_credit_lease_reader;
 
 BEGIN READ ONLY;
@@ -37,13 +39,25 @@ SELECT c.call, r.code FROM (VALUES
 	($$ lease_settle('readonly:1', HOLD) $$),
 	($$ lease_cancel('readonly:1', HOLD) $$),
 	($$ lease_renew('readonly:1', HOLD) $$),
+	($$ lease_check('readonly:1', 'readonly.call', 1) $$),
+	($$ lease_check('readonly:1', 'readonly.call', 1000) $$),
+	($$ lease_explain('readonly:1', 'readonly.call', 1) $$),
+	($$ lease_track('readonly:1', CHECKED, 1) $$),
 	($$ lease_reclaim() $$),
 	($$ lease_freeze('readonly:1') $$),
 	($$ lease_unfreeze('readonly:1') $$),
 	($$ lease_grant_access('regress_credit_lease_reader', 'read') $$)
-  ) c (call), LATERAL refusal('SELECT ' || replace(replace(c.call, 'ENTRY', :'entry_id'), 'HOLD', :'reservation_id')) r;
+  ) c (call), LATERAL refusal('SELECT ' || replace(replace(replace(c.call, 'ENTRY', :'entry_id'), 'HOLD', :'reservation_id'), 'CHECKED', :'checked')) r;
+
+-- What costs nothing is answered without writing.
+SELECT c.call, r.code FROM (VALUES
+	($$ lease_check('readonly:1', 'readonly.free', 1) $$),
+	($$ lease_check('readonly:1', 'readonly.call', 0) $$),
+	($$ lease_check('readonly:1', 'readonly.nothing', 1) $$)
+  ) c (call), LATERAL refusal('SELECT ' || c.call) r;
 COMMIT;
 
+DELETE FROM meter;
 DROP ROLE regress_credit_lease_reader;
 
 -- Whoever catches such an error goes on as who they are, and with their names

@@ -326,11 +326,57 @@ SET credit_lease.mock_now = '2030-01-01 00:02:00+00';
 SELECT allowed, reason, error, amount, available FROM lease_check('rule:8', 'rule.sweeps', 4);
 SET credit_lease.mock_now = '2030-01-01 00:00:00+00';
 
+--
+-- An error that the caller catches undoes what its own block has done, and the
+-- caller is who it was: wherever the error comes from, and however deep.
+--
+CREATE SERVER rule_server FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'schematic', url 'https://api.example.com');
+INSERT INTO policy (account, credit, server) VALUES ('rule:9', 'leased', 'rule_server');
+SELECT create_rule('raises', 'RAISE ''once more'' USING ERRCODE = ''40001'';');
+INSERT INTO meter (feature, credit, rate) VALUES ('rule.two', 'tokens', 1), ('rule.two', 'images', 1), ('rule.leased', 'leased', 1);
+INSERT INTO meter (feature, credit, rate, rule) VALUES ('rule.raises', 'images', 1, 'rules.raises');
+SELECT available FROM unnest(ARRAY['tokens', 'images', 'leased']) credit, LATERAL lease_topup('rule:9', credit, 10);
+SELECT available FROM lease_topup('rule:10', 'tokens', 10);
+CREATE FUNCTION test.caught(call text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+	code text;
+BEGIN
+	BEGIN
+		INSERT INTO rules.told (account) VALUES ('caught');
+		EXECUTE 'SELECT credit_lease.' || call;
+	EXCEPTION WHEN OTHERS THEN
+		code := SQLSTATE;
+	END;
+	RETURN concat_ws(', ', code, current_user, current_setting('search_path'), (SELECT count(*) FROM rules.told WHERE account = 'caught'));
+END
+$$;
+UPDATE tranche SET remaining = remaining + 1 WHERE account = 'rule:9';
+GRANT USAGE ON SCHEMA test TO regress_credit_lease_caller;
+SET SESSION AUTHORIZATION regress_credit_lease_caller;
+SELECT call, test.caught(call) FROM (VALUES
+	(1, $$lease_check('rule:9', 'rule.told', 1)$$),
+	(2, $$lease_check('rule:9', 'rule.two', 1)$$),
+	(3, $$lease_check('rule:9', 'rule.leased', 100)$$),
+	(4, $$lease_explain('rule:9', 'rule.told', 1)$$),
+	(5, $$lease_explain('rule:9', 'rule.two', 1)$$),
+	(6, $$lease_try_consume('rule:9', 'leased', 100)$$),
+	(7, $$lease_check('rule:10', 'rule.raises', 1)$$),
+	(8, $$lease_explain('rule:10', 'rule.raises', 1)$$)
+  ) v (n, call) ORDER BY n;
+SELECT current_user;
+SHOW search_path;
+RESET SESSION AUTHORIZATION;
+SELECT count(*) FROM rules.told WHERE account = 'caught';
+UPDATE tranche SET remaining = remaining - 1 WHERE account = 'rule:9';
+REVOKE USAGE ON SCHEMA test FROM regress_credit_lease_caller;
+
 DELETE FROM meter;
+DELETE FROM policy WHERE account = 'rule:9';
+DROP SERVER rule_server;
 SET client_min_messages = warning;
 DROP SCHEMA rules, "Odd rules" CASCADE;
 RESET client_min_messages;
-DROP FUNCTION test.create_rule, test.settings;
+DROP FUNCTION test.create_rule, test.settings, test.caught;
 DROP OWNED BY regress_credit_lease_caller, regress_credit_lease_other;
 DROP ROLE regress_credit_lease_caller, regress_credit_lease_other;
 

@@ -351,6 +351,52 @@ SELECT pg_temp.hold('track:18', 1.1) AS held \gset
 UPDATE policy SET smallest_unit = 5 WHERE account = 'track:18';
 SELECT consumed, refunded FROM lease_track('track:18', :held, 0.3);
 
+--
+-- The books (rule 2): what a tracking wrote is recomputed, and it does not make
+-- worse what does not balance.
+--
+SET credit_lease.mock_now = '2030-01-01 00:00:00+00';
+SELECT available FROM lease_topup('track:19', 'tokens', 10);
+SELECT pg_temp.hold('track:19', 4) AS tracked, pg_temp.hold('track:19', 4) AS late, pg_temp.hold('track:19', 4, ttl => '1 hour') AS held \gset
+SELECT consumed FROM lease_track('track:19', :tracked, 6);
+SET credit_lease.mock_now = '2030-01-01 00:02:00+00';
+SELECT consumed FROM lease_track('track:19', :late, 2);
+SELECT * FROM lease_verify('track:19');
+CREATE FUNCTION pg_temp.findings(statement text) RETURNS TABLE (rule text, expected numeric, found numeric) LANGUAGE plpgsql AS $$
+DECLARE
+	findings jsonb;
+BEGIN
+	BEGIN
+		EXECUTE statement;
+		SELECT jsonb_agg(jsonb_build_array(regexp_replace(v.rule, ' \d+ ', ' # '), v.expected, v.found)) INTO findings FROM credit_lease.lease_verify('track:19') v;
+		RAISE SQLSTATE 'P9999';
+	EXCEPTION WHEN SQLSTATE 'P9999' THEN
+	END;
+	RETURN QUERY SELECT f->>0, (f->>1)::numeric, (f->>2)::numeric FROM jsonb_array_elements(findings) f ORDER BY (f->>0) COLLATE "C", 2, 3;
+END
+$$;
+SELECT * FROM pg_temp.findings(format('UPDATE reservation SET consumed = 2 WHERE reservation_id = %s', :tracked));
+SELECT * FROM pg_temp.findings(format('UPDATE reservation SET consumed = NULL WHERE reservation_id = %s', :late));
+SELECT * FROM pg_temp.findings(format('UPDATE reservation SET refunded = 1 WHERE reservation_id = %s', :late));
+BEGIN;
+ALTER TABLE ledger DISABLE TRIGGER ledger_guard;
+SELECT * FROM pg_temp.findings(format($$ DELETE FROM ledger WHERE kind = 'track' AND reservation_id = %s $$, :tracked));
+SELECT * FROM pg_temp.findings(format($$ UPDATE ledger SET amount = 2 WHERE kind = 'track' AND reservation_id = %s $$, :late));
+ROLLBACK;
+BEGIN;
+UPDATE tranche SET remaining = remaining + 1 WHERE account = 'track:19';
+SELECT code FROM refusal($$ SELECT lease_check('track:19', 'track.call', 1) $$);
+SELECT code FROM refusal($$ SELECT lease_check('track:19', 'track.call', 1000, on_failure => 'open') $$);
+SELECT code FROM refusal($$ SELECT lease_explain('track:19', 'track.call', 1) $$);
+SELECT code FROM refusal(format($$ SELECT lease_track('track:19', %s, 1) $$, :held));
+ROLLBACK;
+BEGIN;
+UPDATE reservation SET consumed = NULL WHERE account = 'track:19' AND reservation_id = :tracked;
+SELECT * FROM refused(format($$ SELECT lease_track('track:19', %s, 6) $$, :tracked));
+UPDATE reservation SET tranche_amounts = ARRAY[1] WHERE account = 'track:19' AND reservation_id = :held;
+SELECT * FROM refused(format($$ SELECT lease_track('track:19', %s, 6) $$, :held));
+ROLLBACK;
+
 DELETE FROM meter;
 DELETE FROM policy WHERE account LIKE 'track:%';
 DELETE FROM usage_report WHERE account LIKE 'track:%';
