@@ -90,6 +90,12 @@ SELECT available FROM lease_topup('check:4', 'images', 10);
 SELECT allowed, reason, error, credit, amount, available FROM lease_check('check:4', 'check.two', 6);
 SELECT allowed, reason, error, credit, amount, available FROM lease_check('check:4', 'check.two', 60);
 
+-- nobody waits for a credit that is frozen
+INSERT INTO policy (account, credit, server) VALUES ('check:9', 'tokens', 'check_server');
+SELECT allowed, reason, error, credit FROM lease_check('check:9', 'check.two', 1);
+SELECT lease_freeze('check:9', 'tokens');
+SELECT allowed, reason, error, credit FROM lease_check('check:9', 'check.two', 1);
+
 --
 -- denied_by_rule, and a rule's own reason; what was held for it is nothing
 --
