@@ -299,14 +299,14 @@ lease_track(PG_FUNCTION_ARGS)
 			ereport(ERROR,
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("quantity costs more than an amount can be")));
-		hold.tracked = quantity;
-		hold.traits = request.metadata;
 		if (alive)
 			spend(&pool, &hold, amount, OVERAGE_CHARGE);
 		else if (hold.status == HOLD_HELD || hold.status == HOLD_EXPIRED)
 			charge_late(&pool, &hold, amount);
 		else
 			hold_has_ended(&pool, &hold);
+		hold.tracked = quantity;
+		hold.traits = request.metadata;
 
 		/* ahead of what it looks at being saved */
 		hold.track_entry_id = ledger_append(&pool, &request, &hold.reservation_id);

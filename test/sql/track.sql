@@ -99,10 +99,10 @@ SELECT call, r.code, r.message FROM (VALUES
   ) v (n, call), LATERAL refusal(format('SELECT lease_track(%s)', replace(call, 'HOLD', :'held'))) r
  ORDER BY n;
 SELECT * FROM pg_temp.track('track:1', :held, 0.000000000001);
--- What is used may cost more than an amount can be: it was used all the same.
+-- What would cost more than an amount can be is refused.
 INSERT INTO meter (feature, credit, rate) VALUES ('track.dear', 'tokens', 1e20);
 SELECT pg_temp.hold('track:dear', 1, 'track.dear', 'open') AS dear \gset
-SELECT * FROM pg_temp.track('track:dear', :dear, 1e10);
+SELECT code, message FROM refusal(format('SELECT lease_track(%L, %s, 1e10)', 'track:dear', :dear));
 
 -- It is part of the caller's transaction.
 SELECT pg_temp.hold('track:1', 2) AS held \gset
