@@ -78,7 +78,7 @@ typedef struct Check
 
 static const char *const allowed = "allowed";
 
-/* The extension's owner, as far as the rest of the function is concerned */
+/* Goes on as the extension's owner. */
 static void
 become_owner(FunctionCallInfo fcinfo, Caller *caller)
 {
@@ -253,10 +253,12 @@ read_pool(Check *check, Pool *pool)
 		deny(check, "frozen", NULL);
 		return false;
 	}
-	if (!enough && check->error == NULL)
-		check->error = "insufficient_credit";
-	if (!enough && !passes)
+	if (enough)
+		check->error = NULL;
+	else if (!passes)
 		deny(check, "insufficient_credit", NULL);
+	else if (check->error == NULL)
+		check->error = "insufficient_credit";
 	return enough || passes;
 }
 
