@@ -66,6 +66,14 @@ BEGIN
 	applied := true; amount := p_amount; replayed := false;
 END $$;
 
+CREATE FUNCTION careful.rule(account text, feature text, quantity numeric, available numeric, subject jsonb,
+		OUT allowed boolean, OUT reason text)
+	BEGIN ATOMIC
+	SELECT available > 5, 'too little';
+	END;
+INSERT INTO credit_lease.meter (feature, credit, rate, rule)
+	VALUES ('call', 'tokens', 0.5, NULL), ('ruled call', 'tokens', 0.5, 'careful.rule');
+
 INSERT INTO bare.balance SELECT 'acct:' || i, 1e12 FROM generate_series(1, :accounts) AS i;
 INSERT INTO careful.balance (account, credit, remaining) SELECT 'acct:' || i, 'tokens', 1e12 FROM generate_series(1, :accounts) AS i;
 SELECT count(credit_lease.lease_topup('acct:' || i, 'tokens', 1e12)) FROM generate_series(1, :accounts) AS i;
