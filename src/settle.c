@@ -285,7 +285,8 @@ lease_track(PG_FUNCTION_ARGS)
 	{
 		require_settlement(&hold);
 		available = find_first_available(&pool, hold.track_entry_id, &metadata);
-		if (!request_same_jsonb(hold.traits, request.metadata) || !hold.tracked || amount_compare(quantity, hold.tracked) != 0)
+		if (!hold.tracked || amount_compare(quantity, hold.tracked) != 0 ||
+			!request_same_jsonb(hold.traits, request.metadata))
 			ereport(ERROR,
 					(errcode(ERRCODE_LEASE_ENDED),
 					 errmsg("reservation " INT64_FORMAT " is already tracked", reservation_id)));

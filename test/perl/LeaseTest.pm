@@ -15,8 +15,9 @@ use IPC::Run;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(sleep time);
 
-our @EXPORT = qw(lease_cluster books_balance becomes quoted pgbench start_pgbench finish_pgbench any_calls);
+our @EXPORT = qw(lease_cluster books_balance becomes until_true quoted pgbench start_pgbench finish_pgbench any_calls);
 
 # Returns a started cluster, with the extension in its database postgres. conf
 # is appended to postgresql.conf; other parameters go to init().
@@ -51,6 +52,17 @@ sub becomes
 
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return ok($node->poll_query_until($params{dbname} // 'postgres', $query), $name);
+}
+
+# Waits until something is true, and tests that it is.
+sub until_true
+{
+	my ($is_true, $name) = @_;
+	my $deadline = time + $PostgreSQL::Test::Utils::timeout_default;
+
+	sleep 0.05 until $is_true->() || time > $deadline;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return ok($is_true->(), $name);
 }
 
 # Returns a text as an SQL literal.

@@ -133,6 +133,33 @@ sub requests
 	return @{ $self->_control(GET => 'requests?since=' . ($since // 0))->{requests} };
 }
 
+# Returns a company's events among those of a request.
+sub events_of
+{
+	my ($self, $company, $request) = @_;
+
+	return grep { $_->{body}{company}{id} eq $company } @{ $request->{body}{events} };
+}
+
+# Returns the requests of a kind that concern a company. Events may come
+# together with those of others.
+sub asked
+{
+	my ($self, $kind, $company) = @_;
+
+	return grep {
+		$_->{kind} eq $kind && ($kind eq 'events' ? $self->events_of($company, $_) : ($_->{company_id} // '') eq $company)
+	} $self->requests;
+}
+
+# Returns the leases of a company.
+sub leases
+{
+	my ($self, $company) = @_;
+
+	return grep { $_->{company_id} eq $company } @{ $self->books->{leases} };
+}
+
 sub reset
 {
 	my ($self) = @_;

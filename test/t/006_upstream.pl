@@ -99,22 +99,6 @@ sub account
 	return;
 }
 
-# Returns the requests that concern a company, of a kind.
-sub asked
-{
-	my ($kind, $company) = @_;
-
-	return grep { $_->{kind} eq $kind && ($_->{company_id} // '') eq $company } $upstream->requests;
-}
-
-# Returns the upstream's leases of a company.
-sub leases
-{
-	my ($company) = @_;
-
-	return grep { $_->{company_id} eq $company } @{ $upstream->books->{leases} };
-}
-
 sub last_error
 {
 	my ($server) = @_;
@@ -142,7 +126,7 @@ sql(q{INSERT INTO policy (credit, server, lease_size) VALUES (NULL, NULL, 100), 
 
 account('acct:1', 1000);
 is(sql("SELECT * FROM lease_consume('acct:1', 'tokens', 10);"), 't|2|10|90|f', 'the first request of a pool is served');
-my @asked = asked('acquire', 'acct:1');
+my @asked = $upstream->asked('acquire', 'acct:1');
 is(scalar @asked, 1, 'by one acquire');
 my $body = $asked[0]{body};
 is(join(' ', map { "$_=$body->{$_}" } grep { $_ ne 'expires_at' } sort keys %$body),
@@ -150,18 +134,18 @@ is(join(' ', map { "$_=$body->{$_}" } grep { $_ ne 'expires_at' } sort keys %$bo
 is(sql("SELECT '$body->{expires_at}'::timestamptz BETWEEN clock_timestamp() + '4 min' AND clock_timestamp() + '5 min';"),
 	't', 'and until when');
 is($asked[0]{authorized}, 1, 'with the API key');
-my ($lease) = leases('acct:1');
+my ($lease) = $upstream->leases('acct:1');
 is(sql("SELECT kind, lease_id, server, granted, remaining, expires_at = '$lease->{expires_at}' FROM open_lease;"),
 	"upstream|$lease->{id}|billing|100|90|t", 'and installs what was granted');
 is(sql("SELECT lease_id FROM lease_prewarm('acct:1', '{tokens}');"), $lease->{id}, 'which serves the next');
-is(scalar asked('acquire', 'acct:1'), 1, 'without another request');
+is(scalar $upstream->asked('acquire', 'acct:1'), 1, 'without another request');
 
 # Several that wait for one pool: one request at a time, and all are served.
 account('acct:many', 1000);
 my @waiting = map { LeaseTest::Session->new($node) } 1 .. 5;
 $_->begin("SELECT applied FROM lease_consume('acct:many', 'tokens', 60);") for @waiting;
 is(join(' ', map { scalar $_->finish } @waiting), 't t t t t', 'all that wait for a pool are served');
-is(join(' ', map { $_->{in_flight} } asked('acquire', 'acct:many'), asked('extend', 'acct:many')) =~ /^1( 1)*$/, 1,
+is(join(' ', map { $_->{in_flight} } $upstream->asked('acquire', 'acct:many'), $upstream->asked('extend', 'acct:many')) =~ /^1( 1)*$/, 1,
 	'with one request under way at a time');
 $_->quit for @waiting;
 
@@ -180,7 +164,7 @@ $first->quit;
 
 is(sql("SELECT available FROM lease_consume('acct:1', 'tokens', 65);"), '25', 'spent down to the low water mark');
 becomes($node, "SELECT granted = 200 FROM credit_lease.open_lease WHERE account = 'acct:1'", 'the lease is extended');
-($body) = map { $_->{body} } asked('extend', 'acct:1');
+($body) = map { $_->{body} } $upstream->asked('extend', 'acct:1');
 is($body->{additional_amount}, 100, 'by the size of a lease');
 is(sql("SELECT '$body->{expires_at}'::timestamptz BETWEEN clock_timestamp() + '4 min' AND clock_timestamp() + '5 min';"),
 	't', 'to live as long as a new one');
@@ -207,7 +191,7 @@ becomes($node, q{
 	  FROM credit_lease.lease_consume('acct:short', 'tokens', 1)}, 'a lease that is used is renewed before it ends');
 becomes($node, q{SELECT count(*) = 0 FROM credit_lease.open_lease WHERE account = 'acct:short'}, 'one that is idle is not');
 is(sql("SELECT applied FROM lease_consume('acct:short', 'tokens', 1);"), 't', 'and is replaced when it is needed');
-cmp_ok(leases('acct:short'), '>=', 2, 'by another one');
+cmp_ok($upstream->leases('acct:short'), '>=', 2, 'by another one');
 
 # ---------------------------------------------------------------------------
 # The most specific row of the policy decides, for each setting.
@@ -218,16 +202,16 @@ sql("INSERT INTO policy (credit, credit_type_id, event, lease_size, safety_margi
 	INSERT INTO policy (account, lease_duration) VALUES ('acct:p', '1 hour');");
 $upstream->balance('company p', 'ct images', 1000);
 is(sql("SELECT available FROM lease_consume('acct:p', 'images', 2);"), '48', 'a pool with settings of several rows is served');
-($body) = map { $_->{body} } asked('acquire', 'company p');
+($body) = map { $_->{body} } $upstream->asked('acquire', 'company p');
 is("$body->{company_id}, $body->{credit_type_id}, $body->{requested_amount}", 'company p, ct images, 50',
 	'under the names that the upstream knows');
-($lease) = leases('company p');
+($lease) = $upstream->leases('company p');
 is(sql("SELECT '$lease->{expires_at}'::timestamptz - expires_at, expires_at > clock_timestamp() + '50 min'
 	FROM open_lease WHERE account = 'acct:p';"), '00:00:10|t', 'for as long as it says, less the safety margin');
 becomes($node, q{SELECT reports = 0 AND NOT EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.tranche t
 	USING (account, credit, tranche_id) WHERE t.account = 'acct:p' AND t.consumed <> u.consumed)
 	FROM credit_lease.upstream_status}, 'its usage is reported');
-my ($event) = map { $_->{body} } map { @{ $_->{body}{events} } } asked('events', 'company p');
+my ($event) = map { $_->{body} } map { $upstream->events_of('company p', $_) } $upstream->asked('events', 'company p');
 is(join(' ', $event->{event}, $event->{quantity}, $event->{company}{id}, $event->{lease_id}),
 	"image 2 company p $lease->{id}", 'by the name that the policy gives it');
 
@@ -263,12 +247,12 @@ is(sql("SELECT lease_release('acct:back', 'tokens');"), 't', 'a lease is release
 becomes($node, q{SELECT count(*) = 1 FROM credit_lease.usage_report WHERE account = 'acct:back'}, 'with usage to be reported');
 $upstream->clear;
 becomes($node, q{SELECT count(*) = 0 FROM credit_lease.usage_report WHERE account = 'acct:back'}, 'which is reported');
-is(scalar asked('release', 'acct:back'), 0, 'while a hold has some of it, the upstream does not hear of the release');
+is(scalar $upstream->asked('release', 'acct:back'), 0, 'while a hold has some of it, the upstream does not hear of the release');
 is(sql("SELECT consumed, refunded FROM lease_settle('acct:back', $hold, 5);"), '5|0', 'the hold is settled');
 becomes($node, q{SELECT count(*) = 0 FROM credit_lease.upstream_request WHERE account = 'acct:back'}, 'then it does');
 my @order = map { $_->{kind} } grep { ($_->{status} // 0) == 200 && ($_->{company_id} // '') eq 'acct:back' } $upstream->requests;
 is("@order", 'acquire events events release', 'after all usage');
-($lease) = leases('acct:back');
+($lease) = $upstream->leases('acct:back');
 is("$lease->{state} $lease->{used} $lease->{released}", 'released 15 85', 'and has the rest back');
 all_is_well('releases');
 
@@ -291,7 +275,7 @@ is(sql("SELECT status FROM lease_prewarm('acct:w', '{hangs}', '100 ms');"), 'pen
 $upstream->clear;
 is(sql("SELECT status FROM lease_prewarm('acct:w', '{hangs}', '1 minute');"), 'live', 'and it comes');
 is(sql("SELECT status, available FROM lease_prewarm('acct:w', '{well}');"), 'live|100', 'what is there is not asked for again');
-is(scalar(grep { $_->{body}{credit_type_id} eq 'well' } asked('acquire', 'acct:w')), 1, '... at all');
+is(scalar(grep { $_->{body}{credit_type_id} eq 'well' } $upstream->asked('acquire', 'acct:w')), 1, '... at all');
 
 # ---------------------------------------------------------------------------
 # No call waits that this could not help, and none longer than it may.
@@ -483,7 +467,7 @@ $upstream->fault(fault => 'late', match => 'extend', company_id => 'acct:later')
 is(sql("SELECT applied FROM lease_consume('acct:later', 'tokens', 80);"), 't', 'late extend: spent down to the low water mark');
 becomes($node, q{SELECT count(*) = 0 FROM credit_lease.open_lease WHERE account = 'acct:later'}, 'late extend: the lease ends');
 is(sql("SELECT available FROM lease_consume('acct:later', 'tokens', 30);"), '70', 'late extend: nothing is added to the next');
-cmp_ok((leases('acct:later'))[0]{granted}, '==', 200, 'late extend: the upstream had done it');
+cmp_ok(($upstream->leases('acct:later'))[0]{granted}, '==', 200, 'late extend: the upstream had done it');
 
 # An upstream that gives the same reply twice.
 account('acct:twice', 1000);
@@ -507,7 +491,7 @@ at_once('an upstream that asks for patience', sub {
 is(sql("SELECT back_off_until BETWEEN last_error_at + '1900 ms' AND last_error_at + '2100 ms' FROM upstream_status WHERE server = 'patience';"),
 	't', 'and the status says how long');
 becomes($node, q{SELECT available = 100 FROM credit_lease.lease_prewarm('acct:patience', '{tokens}', '1 minute')}, 'then it is asked again');
-is(scalar asked('acquire', 'acct:patience'), 2, 'and not before');
+is(scalar $upstream->asked('acquire', 'acct:patience'), 2, 'and not before');
 is($node->safe_psql('postgres', 'SELECT pid, last_error FROM credit_lease.worker_status'), "$worker|",
 	'nothing of this is an error of the worker');
 
@@ -583,7 +567,7 @@ my @status = map { scalar $_->finish } @race;
 is(scalar(grep { $_ eq 'live' } @status), 1, 'of three that lease for one company, one has its lease') or diag("@status");
 my ($who, $granted) = who_has_it();
 is(scalar @$who, 1, 'and no other');
-cmp_ok($granted, '==', (leases('shared'))[0]{granted}, 'nothing is minted');
+cmp_ok($granted, '==', ($upstream->leases('shared'))[0]{granted}, 'nothing is minted');
 like(join('', map { $_->run_safe("SELECT last_error FROM upstream_status WHERE server = 'shared';") } $second, $session),
 	qr/the lease in the reply is not the one that was asked for/, 'the status says why the others have none');
 
@@ -619,16 +603,17 @@ sql("BEGIN; SELECT lease_topup('acct:undone', 'other', 1); ROLLBACK; SELECT leas
 $upstream->fault(fault => 'reset', match => 'events', company_id => 'acct:reply', times => 2);
 sql("SELECT lease_consume('acct:reply', 'tokens', 7);");
 all_is_well('usage');
-cmp_ok((leases('acct:undone'))[0]{used}, '==', 3, 'what was rolled back is not reported');
-cmp_ok((leases('acct:reply'))[0]{used}, '==', 7, 'what was reported is charged once');
+cmp_ok(($upstream->leases('acct:undone'))[0]{used}, '==', 3, 'what was rolled back is not reported');
+cmp_ok(($upstream->leases('acct:reply'))[0]{used}, '==', 7, 'what was reported is charged once');
 cmp_ok($upstream->books->{events}{duplicates}, '>=', 1, '... though it came again, as the reply was lost');
 
 sql("SELECT lease_prewarm('acct:batch', '{tokens}');");
 sql("SELECT count(lease_consume('acct:batch', 'tokens', 0.125)) FROM generate_series(1, 250);");
 all_is_well('batches');
-my @n = map { scalar @{ $_->{body}{events} } } asked('events', 'acct:batch');
+my @n = map { scalar @{ $_->{body}{events} } } $upstream->asked('events', 'acct:batch');
+cmp_ok(scalar @n, '>=', 3, 'many events come in several requests');
 is(scalar(grep { $_ > 100 } @n), 0, "no request has more than 100 events (@n)");
-cmp_ok((leases('acct:batch'))[0]{used}, '==', 31.25, 'and all of them come');
+cmp_ok(($upstream->leases('acct:batch'))[0]{used}, '==', 31.25, 'and all of them come');
 
 # A refund of what is not reported yet takes it off; a later one is taken off
 # what is reported next.
@@ -636,13 +621,13 @@ sql("SELECT lease_prewarm('acct:early', '{tokens}'); SELECT lease_prewarm('acct:
 sql("SELECT lease_refund('acct:early', entry_id, 4) FROM lease_consume('acct:early', 'tokens', 10);");
 my $entry = sql("SELECT entry_id FROM lease_consume('acct:after', 'tokens', 10);");
 all_is_well('before the refund');
-cmp_ok((leases('acct:early'))[0]{used}, '==', 6, 'what is refunded before is not reported');
+cmp_ok(($upstream->leases('acct:early'))[0]{used}, '==', 6, 'what is refunded before is not reported');
 sql("SELECT lease_refund('acct:after', $entry, 4); SELECT lease_consume('acct:after', 'tokens', 3);");
 all_is_well('after the refund');
-cmp_ok((leases('acct:after'))[0]{used}, '==', 10, 'what is refunded later is owed');
+cmp_ok(($upstream->leases('acct:after'))[0]{used}, '==', 10, 'what is refunded later is owed');
 sql("SELECT lease_consume('acct:after', 'tokens', 8);");
 all_is_well('after some more usage');
-cmp_ok((leases('acct:after'))[0]{used}, '==', 17, 'and taken off what is reported next');
+cmp_ok(($upstream->leases('acct:after'))[0]{used}, '==', 17, 'and taken off what is reported next');
 
 # A report that the upstream refuses for good is kept, and keeps no other.
 sql("SELECT lease_prewarm('acct:part', '{tokens}');");
@@ -652,10 +637,10 @@ all_is_well('a report that is refused');
 is(sql("SELECT trim_scale(quantity), error, refused_at IS NOT NULL FROM usage_report;"), '1|status 400: we do not know that|t',
 	'a report that is refused is kept');
 is(sql("SELECT refused_reports, reports FROM upstream_status WHERE server = 'billing';"), '1|0', 'and shown');
-cmp_ok((leases('acct:part'))[0]{used}, '==', 5, 'the others of its request go on');
+cmp_ok(($upstream->leases('acct:part'))[0]{used}, '==', 5, 'the others of its request go on');
 sql("UPDATE usage_report SET refused_at = NULL;");
 becomes($node, 'SELECT count(*) = 0 FROM credit_lease.usage_report', 'it can be sent again');
-cmp_ok((leases('acct:part'))[0]{used}, '==', 6, 'and is charged then');
+cmp_ok(($upstream->leases('acct:part'))[0]{used}, '==', 6, 'and is charged then');
 
 # ---------------------------------------------------------------------------
 # A dialect of one's own: two functions, of a server's owner who is nobody in

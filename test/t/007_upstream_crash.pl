@@ -13,7 +13,7 @@ use LeaseUpstream;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(time);
 
 # what no command may take; those that wait for a request take a minute
 my $no_wait = 25;
@@ -37,42 +37,12 @@ sub sql
 	return $node->safe_psql($dbname // 'postgres', "SET search_path = credit_lease, public; $sql");
 }
 
-# Returns a company's events among those of a request.
-sub events_of
-{
-	my ($company, $request) = @_;
-
-	return grep { $_->{body}{company}{id} eq $company } @{ $request->{body}{events} };
-}
-
-# Returns the requests of a kind that concern a company. Events come together
-# with those of others.
-sub asked
-{
-	my ($kind, $company) = @_;
-
-	return grep {
-		$_->{kind} eq $kind && ($kind eq 'events' ? events_of($company, $_) : ($_->{company_id} // '') eq $company)
-	} $upstream->requests;
-}
-
 # Returns the keys of a company's events, as often as they came.
 sub reported
 {
 	my ($company) = @_;
 
-	return map { $_->{idempotency_key} } map { events_of($company, $_) } asked('events', $company);
-}
-
-# Waits until something is true.
-sub until_true
-{
-	my ($is_true, $name) = @_;
-	my $deadline = time + $PostgreSQL::Test::Utils::timeout_default;
-
-	sleep 0.05 until $is_true->() || time > $deadline;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	return ok($is_true->(), $name);
+	return map { $_->{idempotency_key} } map { $upstream->events_of($company, $_) } $upstream->asked('events', $company);
 }
 
 # Waits until a company's request of a kind hangs.
@@ -81,7 +51,7 @@ sub until_it_hangs
 	my ($kind, $company) = @_;
 
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	return until_true(sub { grep { !defined $_->{status} } asked($kind, $company) }, "$company: the $kind hangs");
+	return until_true(sub { grep { !defined $_->{status} } $upstream->asked($kind, $company) }, "$company: the $kind hangs");
 }
 
 sub hang
@@ -179,16 +149,16 @@ sub finish_requests
 	becomes($node, 'SELECT count(*) = 0 FROM credit_lease.upstream_request', "$round: all requests are answered");
 	for my $kind (qw(acquire extend release))
 	{
-		my %key = map { $_->{idempotency_key} => 1 } asked($kind, $of{$kind});
+		my %key = map { $_->{idempotency_key} => 1 } $upstream->asked($kind, $of{$kind});
 
-		cmp_ok(scalar asked($kind, $of{$kind}), '>=', 2, "$of{$kind}: is asked again");
+		cmp_ok(scalar $upstream->asked($kind, $of{$kind}), '>=', 2, "$of{$kind}: is asked again");
 		is(scalar keys %key, 1, "$of{$kind}: with the same key");
 	}
 	my @events = reported($of{events});
 	cmp_ok(scalar @events, '>=', 2, "$of{events}: are told again");
 	is(scalar(grep { $_ ne $events[0] } @events), 0, "$of{events}: with the same key");
-	is(join(' ', map { $_->{idempotency_key} } asked('acquire', $of{intent})), $intent, "$of{intent}: is asked with its key");
-	is(scalar asked('acquire', $of{done}), 1, "$of{done}: is not asked again");
+	is(join(' ', map { $_->{idempotency_key} } $upstream->asked('acquire', $of{intent})), $intent, "$of{intent}: is asked with its key");
+	is(scalar $upstream->asked('acquire', $of{done}), 1, "$of{done}: is not asked again");
 	is(scalar reported($of{done}), 1, "$of{done}: nor told");
 
 	is(sql("SELECT granted FROM open_lease WHERE account IN (" . join(', ', map { "'$of{$_}'" } qw(acquire extend events)) . ') ORDER BY account'),

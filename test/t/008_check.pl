@@ -14,7 +14,7 @@ use LeaseUpstream;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(time);
 
 # what no call may take that waits for a fraction of a second; those that wait
 # for a request by mistake take a minute
@@ -48,17 +48,6 @@ sub at_once
 	$do->();
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return cmp_ok(time - $begun, '<', $no_wait, "$name: in time");
-}
-
-# Waits until something is true.
-sub until_true
-{
-	my ($is_true, $name) = @_;
-	my $deadline = time + $PostgreSQL::Test::Utils::timeout_default;
-
-	sleep 0.05 until $is_true->() || time > $deadline;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	return ok($is_true->(), $name);
 }
 
 # Gives companies, which are called as their accounts, tokens upstream; and their
@@ -103,22 +92,6 @@ sub use_it
 	my ($answer, $id) = check($account, $feature, $quantity);
 
 	return $id eq '~' ? $answer : track($account, $id, $quantity, $traits);
-}
-
-# Returns the requests that concern a company, of a kind.
-sub asked
-{
-	my ($kind, $company) = @_;
-
-	return grep { $_->{kind} eq $kind && ($_->{company_id} // '') eq $company } $upstream->requests;
-}
-
-# Returns the upstream's leases of a company.
-sub leases
-{
-	my ($company) = @_;
-
-	return grep { $_->{company_id} eq $company } @{ $upstream->books->{leases} };
 }
 
 # Returns the events, of a company, in the order in which they came: those that
@@ -215,7 +188,7 @@ $upstream->rate(image => 1, 'images');
 account([qw(empty explained round)], 1000);
 is(sql("SELECT allowed, reason, error, credit, trim_scale(amount), rate, event, trim_scale(available) FROM lease_check('empty', 'chat', 10);"),
 	't|allowed|~|tokens|2.5|0.25|chat|97.5', 'a check on an empty account is served');
-is(join(' ', map { "$_->{body}{credit_type_id} $_->{body}{requested_amount}" } asked('acquire', 'empty')), 'tokens 100', 'by one acquire');
+is(join(' ', map { "$_->{body}{credit_type_id} $_->{body}{requested_amount}" } $upstream->asked('acquire', 'empty')), 'tokens 100', 'by one acquire');
 is(sql("SELECT trim_scale(available), trim_scale(reserved), trim_scale(leased), upstream_balance FROM lease_balance('empty');"), '97.5|2.5|97.5|~', 'and holds some of the lease');
 my $id = sql("SELECT reservation_id FROM open_reservation WHERE account = 'empty';");
 is(track('empty', $id, 8, '{"model": "small", "n": 1.25}'), 't|2|0.5|0', 'what was used is settled');
@@ -227,10 +200,10 @@ is(use_it('round', 'byte', 1000001), 't|1.51|0|0', 'what is rounded up here');
 all_is_told('a check');
 is(told('empty'), 'chat 8', 'what is reported is the quantity that was used');
 is((events('empty'))[0]{idempotency_key}, last_track('empty'), 'by its key');
-is((events('empty'))[0]{body}{lease_id}, (leases('empty'))[0]{id}, 'with the lease');
+is((events('empty'))[0]{body}{lease_id}, ($upstream->leases('empty'))[0]{id}, 'with the lease');
 is($json->encode((events('empty'))[0]{body}{traits}), '{"model":"small","n":1.25}', 'and the traits');
-cmp_ok((leases('empty'))[0]{used}, '==', 2, 'and costs there what it does here');
-cmp_ok((leases('round'))[0]{used}, '==', 1.51, 'rounded up there, too');
+cmp_ok(($upstream->leases('empty'))[0]{used}, '==', 2, 'and costs there what it does here');
+cmp_ok(($upstream->leases('round'))[0]{used}, '==', 1.51, 'rounded up there, too');
 
 # ---------------------------------------------------------------------------
 # Of several credits it is the preferred one that has enough, and of those, one
@@ -241,13 +214,13 @@ $upstream->balance('both', 'images', 1000);
 $upstream->balance('second', 'images', 0);
 $upstream->balance('only', 'images', 1000);
 is(sql("SELECT credit, amount FROM lease_check('both', 'image', 5);"), 'images|5', 'the preferred credit is leased');
-is(scalar asked('acquire', 'both'), 1, 'and no other');
+is(scalar $upstream->asked('acquire', 'both'), 1, 'and no other');
 is(sql("SELECT credit, amount, reason, error FROM lease_check('second', 'image', 5);"), 'tokens|20|allowed|~',
 	'the other one where the upstream has none of it');
-is(join(' ', map { $_->{body}{credit_type_id} } asked('acquire', 'second')), 'images tokens', 'which was asked');
+is(join(' ', map { $_->{body}{credit_type_id} } $upstream->asked('acquire', 'second')), 'images tokens', 'which was asked');
 sql("SELECT lease_prewarm('only', '{tokens}');");
 is(sql("SELECT credit, amount FROM lease_check('only', 'image', 5);"), 'tokens|20', 'a credit that is leased pays before one that is not');
-is(scalar asked('acquire', 'only'), 1, 'which is not leased then');
+is(scalar $upstream->asked('acquire', 'only'), 1, 'which is not leased then');
 is(sql("SELECT credit, amount FROM lease_check('only', 'image', 25);"), 'images|25', 'but is where the lease has too little');
 for my $account (qw(both second only))
 {
@@ -255,7 +228,7 @@ for my $account (qw(both second only))
 	  for split /\n/, sql("SELECT reservation_id FROM open_reservation WHERE account = '$account';");
 }
 all_is_told('several credits');
-is(join(' ', sort map { "$_->{credit_type_id} $_->{used}" } leases('only')), 'images 3 tokens 12', 'each costs its own rate');
+is(join(' ', sort map { "$_->{credit_type_id} $_->{used}" } $upstream->leases('only')), 'images 3 tokens 12', 'each costs its own rate');
 
 # a check that cannot wait has the upstream asked all the same, for the next one
 account(['held'], 1000);
@@ -288,7 +261,7 @@ all_is_told('no credit');
 is(told('poor and open'), 'chat 6', 'the upstream is told all');
 ok(!exists((events('poor and open'))[0]{body}{lease_id}), 'without a lease where there is none');
 cmp_ok((grep { $_->{company_id} eq 'poor and open' } @{ $upstream->books->{companies} })[0]{balance}, '==', -1.5, 'and charges it');
-cmp_ok((leases('partial'))[0]{used}, '==', 25, 'or to the lease that has paid a part');
+cmp_ok(($upstream->leases('partial'))[0]{used}, '==', 25, 'or to the lease that has paid a part');
 
 # What a grant of our own has paid is none of its business.
 account(['local'], 0, failure_mode => 'open');
@@ -448,7 +421,7 @@ sql("SELECT lease_consume('mixed', 'tokens', 0.5);");
 all_is_told('credits and units');
 is(join(', ', sort split /, /, told('mixed')), 'chat 7, tokens 0.5, tokens 1.25, tokens 2, tokens 2.5',
 	'what is spent is told in credits, what is tracked in units');
-cmp_ok((leases('mixed'))[0]{used}, '==', 8, 'and together they cost what was spent');
+cmp_ok(($upstream->leases('mixed'))[0]{used}, '==', 8, 'and together they cost what was spent');
 
 # What was tracked of a lease is reported as used, and so not given back.
 is(use_it('refunded', 'chat', 40), 't|10|0|0', 'before a refund');
@@ -512,9 +485,9 @@ for my $company ('crash: taken', 'crash: not taken')
 	cmp_ok(scalar events($company), '>=', 2, "$company: is reported again");
 	is(join(' ', keys %keys), last_track($company), "$company: by its key");
 }
-cmp_ok((leases('crash: taken'))[0]{used}, '==', 1.75, 'what it had taken is charged once');
-cmp_ok((leases('crash: not taken'))[0]{used}, '==', 2.25, 'and so is the other one');
-is(scalar asked('acquire', 'explained'), 0, 'nobody has asked for what was only to be explained');
+cmp_ok(($upstream->leases('crash: taken'))[0]{used}, '==', 1.75, 'what it had taken is charged once');
+cmp_ok(($upstream->leases('crash: not taken'))[0]{used}, '==', 2.25, 'and so is the other one');
+is(scalar $upstream->asked('acquire', 'explained'), 0, 'nobody has asked for what was only to be explained');
 is(sql('SELECT count(*) FROM usage_report;'), 0, 'nothing is left to be reported');
 
 $session->quit;
