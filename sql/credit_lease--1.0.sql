@@ -24,7 +24,7 @@ COMMENT ON SCHEMA credit_lease IS 'prepaid credits: tranches, holds and the ledg
 ----------------------------------------------------------------------
 
 CREATE SEQUENCE credit_lease.tranche_id_seq;
-COMMENT ON SEQUENCE credit_lease.tranche_id_seq IS 'numbers tranches';
+COMMENT ON SEQUENCE credit_lease.tranche_id_seq IS 'numbers tranches, and chunks with them';
 CREATE SEQUENCE credit_lease.reservation_id_seq;
 COMMENT ON SEQUENCE credit_lease.reservation_id_seq IS 'numbers reservations';
 CREATE SEQUENCE credit_lease.entry_id_seq;
@@ -153,6 +153,40 @@ COMMENT ON COLUMN credit_lease.reservation.track_entry_id IS 'the first ledger e
 COMMENT ON INDEX credit_lease.reservation_held IS 'the holds of a pool by expiry';
 COMMENT ON INDEX credit_lease.reservation_expiry IS 'the sweep: expired holds of every pool';
 
+-- A tranche of its own, in a table of its own: it is locked by itself, and what
+-- is carved out of other tranches is not granted twice. As with tranches, no
+-- CHECK on the amounts, and no index on a column that a spend changes.
+CREATE TABLE credit_lease.chunk (
+	account text COLLATE "C" NOT NULL,
+	chunk_id bigint NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	owner text NOT NULL,
+	status text NOT NULL DEFAULT 'live',
+	granted numeric NOT NULL,
+	remaining numeric NOT NULL,
+	consumed numeric NOT NULL DEFAULT 0,
+	returned numeric NOT NULL DEFAULT 0,
+	created_at timestamptz NOT NULL,
+	expires_at timestamptz NOT NULL,
+	ended_at timestamptz,
+	tranche_ids bigint[] NOT NULL,
+	tranche_amounts numeric[] NOT NULL,
+	PRIMARY KEY (account, chunk_id),
+	CHECK (status IN ('live', 'expired', 'released'))
+) WITH (fillfactor = 50);	-- room for HOT updates of all that share a page
+CREATE INDEX chunk_live ON credit_lease.chunk (account, credit, expires_at) WHERE status = 'live';
+CREATE INDEX chunk_expiry ON credit_lease.chunk (expires_at) WHERE status = 'live';
+
+COMMENT ON TABLE credit_lease.chunk IS 'amounts carved out of tranches, each for one owner, and how each ended: released or expired, exactly once; granted = remaining + consumed + returned';
+COMMENT ON COLUMN credit_lease.chunk.chunk_id IS 'a number that no tranche has';
+COMMENT ON COLUMN credit_lease.chunk.owner IS 'who alone can spend of it';
+COMMENT ON COLUMN credit_lease.chunk.remaining IS 'can be spent by the owner, until expires_at; 0 once it has ended';
+COMMENT ON COLUMN credit_lease.chunk.returned IS 'what was not spent when it ended, and went back to its tranches';
+COMMENT ON COLUMN credit_lease.chunk.tranche_ids IS 'the tranches it came from, in the order in which it spends them';
+COMMENT ON COLUMN credit_lease.chunk.tranche_amounts IS 'how much came from each of them';
+COMMENT ON INDEX credit_lease.chunk_live IS 'the chunks of a pool by expiry';
+COMMENT ON INDEX credit_lease.chunk_expiry IS 'the sweep: expired chunks of every pool';
+
 CREATE TABLE credit_lease.ledger (
 	entry_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.entry_id_seq'),
 	created_at timestamptz NOT NULL,
@@ -180,12 +214,14 @@ ALTER SEQUENCE credit_lease.entry_id_seq OWNED BY credit_lease.ledger.entry_id;
 CREATE UNIQUE INDEX ledger_key ON credit_lease.ledger (account, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
 COMMENT ON TABLE credit_lease.ledger IS 'append-only: one row for each tranche that a call touched';
-COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, track, cancel, expire, refund, adjust, install, extend or release';
-COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back, returned; negative only where an adjustment took away';
-COMMENT ON COLUMN credit_lease.ledger.released IS 'settle, track: what came back to the pool; negative for what was taken from it above the hold';
+COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, track, cancel, expire, refund, adjust, install, extend, release, chunk, chunk_release or chunk_expire';
+COMMENT ON COLUMN credit_lease.ledger.tranche_id IS 'the tranche; the chunk, where it was spent of one';
+COMMENT ON COLUMN credit_lease.ledger.reservation_id IS 'the hold; the chunk, for what was carved out as one, spent of it, or came back from it';
+COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back, returned, carved out; negative only where an adjustment took away';
+COMMENT ON COLUMN credit_lease.ledger.released IS 'settle, track, and the end of a chunk: what came back to the pool; negative for what was taken from it above the hold';
 COMMENT ON COLUMN credit_lease.ledger.lapsed IS 'what came back to the tranche after it had expired, and expired with it';
 COMMENT ON COLUMN credit_lease.ledger.returned IS 'what came back to the tranche after its lease was released, and was returned with it';
-COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call';
+COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call; the chunk, where it was spent of one';
 COMMENT ON COLUMN credit_lease.ledger.idempotency_key IS 'on the first row of a call';
 COMMENT ON COLUMN credit_lease.ledger.request IS 'the arguments of a call with a key, as far as no other column has them';
 COMMENT ON COLUMN credit_lease.ledger.first_entry_id IS 'the first row of the call, where this is another';
@@ -357,6 +393,7 @@ COMMENT ON INDEX credit_lease.usage_report_tranche IS 'whether all usage of a le
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.account', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.chunk', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.ledger', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.refund', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.frozen_pool', '');
@@ -410,7 +447,8 @@ CREATE FUNCTION credit_lease.lease_clock() RETURNS timestamptz
 	SET search_path = pg_catalog, pg_temp;
 COMMENT ON FUNCTION credit_lease.lease_clock() IS 'the instant by which everything expires: the server''s clock, or credit_lease.mock_now';
 
--- An expired hold that nobody has given back yet is counted as if somebody had.
+-- An expired hold or chunk that nobody has given back yet is counted as if
+-- somebody had.
 CREATE VIEW credit_lease.balance AS
 WITH clock AS MATERIALIZED (SELECT credit_lease.lease_clock() AS now),
 lapsed AS (
@@ -420,18 +458,30 @@ lapsed AS (
 	 WHERE r.status = 'held' AND r.expires_at <= (SELECT now FROM clock)
 	 GROUP BY r.account, r.credit, p.tranche_id
 ),
+carved AS (
+	SELECT c.account, c.credit, p.tranche_id, sum(p.spent) AS spent,
+		   coalesce(sum(p.amount - p.spent) FILTER (WHERE c.expires_at <= (SELECT now FROM clock)), 0) AS lapsed
+	  FROM credit_lease.chunk c,
+		   LATERAL (SELECT p.tranche_id, p.amount,
+						   least(p.amount, greatest(c.consumed - (sum(p.amount) OVER (ORDER BY p.n) - p.amount), 0)) AS spent
+					  FROM unnest(c.tranche_ids, c.tranche_amounts) WITH ORDINALITY AS p (tranche_id, amount, n)) AS p
+	 WHERE c.status = 'live'
+	 GROUP BY c.account, c.credit, p.tranche_id
+),
 tranche AS (
-	SELECT t.*, u.upstream_balance, coalesce(l.amount, 0) AS lapsed,
+	SELECT t.*, u.upstream_balance, coalesce(l.amount, 0) AS held, coalesce(c.spent, 0) AS spent, coalesce(c.lapsed, 0) AS carved,
+		   coalesce(l.amount, 0) + coalesce(c.lapsed, 0) AS lapsed,
 		   t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock)) AS alive
 	  FROM credit_lease.tranche t
 	  LEFT JOIN lapsed l ON l.account = t.account AND l.credit = t.credit AND l.tranche_id = t.tranche_id
+  LEFT JOIN carved c ON c.account = t.account AND c.credit = t.credit AND c.tranche_id = t.tranche_id
 	  LEFT JOIN credit_lease.lease_usage u ON u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id
 )
 SELECT account, credit,
 	   coalesce(sum(remaining + lapsed) FILTER (WHERE alive), 0) AS available,
-	   sum(reserved - lapsed) AS reserved,
-	   sum(chunked) AS chunked,
-	   sum(consumed) AS consumed,
+	   sum(reserved - held) AS reserved,
+	   sum(chunked - spent - carved) AS chunked,
+	   sum(consumed + spent) AS consumed,
 	   sum(expired) + coalesce(sum(remaining + lapsed) FILTER (WHERE NOT alive AND released_at IS NULL), 0) AS expired,
 	   sum(granted) AS granted,
 	   min(expires_at) FILTER (WHERE alive AND remaining + lapsed > 0) AS next_expiry,
@@ -441,6 +491,8 @@ SELECT account, credit,
  GROUP BY account, credit;
 COMMENT ON VIEW credit_lease.balance IS 'what every pool has, by the clock: what has expired is not counted, swept or not';
 COMMENT ON COLUMN credit_lease.balance.available IS 'can be spent or held now';
+COMMENT ON COLUMN credit_lease.balance.chunked IS 'can be spent by the owners of chunks';
+COMMENT ON COLUMN credit_lease.balance.consumed IS 'spent, less refunds; of chunks too, as it happens';
 COMMENT ON COLUMN credit_lease.balance.next_expiry IS 'when the first of it expires; NULL for never';
 COMMENT ON COLUMN credit_lease.balance.leased IS 'the part of available that is from leases';
 COMMENT ON COLUMN credit_lease.balance.upstream_balance IS 'what the upstream has beyond the leases that are alive, as it last said; NULL where it has not said';
@@ -450,8 +502,12 @@ SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
 	   t.granted, t.remaining, t.reserved, t.priority, t.expires_at
   FROM credit_lease.tranche t
  WHERE (t.open OR t.kind = 'upstream') AND t.released_at IS NULL
-   AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()));
-COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up, and leases that are, since they fill their slot';
+   AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()))
+UNION ALL
+SELECT c.account, c.credit, c.chunk_id, 'chunk', NULL, c.owner, NULL, c.granted, c.remaining, 0, NULL, c.expires_at
+  FROM credit_lease.chunk c
+ WHERE c.status = 'live' AND c.expires_at > (SELECT credit_lease.lease_clock());
+COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up, and leases that are, since they fill their slot; chunks too, as tranches of the kind chunk';
 
 CREATE VIEW credit_lease.open_reservation AS
 SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_at, r.metadata, r.feature, r.quantity
@@ -485,7 +541,7 @@ SELECT w.running, w.state, w.pid, w.started_at, w.last_sweep, w.holds,
   FROM credit_lease.lease_worker() w,
 	   (SELECT min(r.expires_at) FROM credit_lease.reservation r WHERE r.status = 'held') AS o (expires_at);
 COMMENT ON VIEW credit_lease.worker_status IS 'the background worker of this database: what it did last, or why none runs';
-COMMENT ON COLUMN credit_lease.worker_status.holds IS 'how many expired holds it has given back since it started';
+COMMENT ON COLUMN credit_lease.worker_status.holds IS 'how many expired holds and chunks it has given back since it started';
 COMMENT ON COLUMN credit_lease.worker_status.lag IS 'how long ago the oldest hold expired that nobody has given back; 0 for none';
 COMMENT ON COLUMN credit_lease.worker_status.set_aside IS 'how many pools it leaves out because their books do not balance';
 
@@ -521,27 +577,36 @@ COMMENT ON COLUMN credit_lease.upstream_status.requests IS 'requests for leases 
 COMMENT ON COLUMN credit_lease.upstream_status.reports IS 'usage that it has not taken yet';
 COMMENT ON COLUMN credit_lease.upstream_status.refused_reports IS 'usage that it has refused for good, see usage_report';
 
--- The kind of an entry says from where to where its amount moves.
+-- The kind of an entry says from where to where its amount moves. What is spent
+-- of a chunk moves in the chunk, and when that ends in the tranches it came from.
 CREATE VIEW credit_lease.movement AS
-SELECT l.account, l.entry_id, l.credit, l.kind, l.tranche_id, l.reservation_id, l.first_entry_id, l.refund_of, l.created_at,
+SELECT l.account, l.entry_id, l.credit, l.kind, l.tranche_id,
+	   CASE WHEN NOT c.chunked THEN l.reservation_id END AS reservation_id,
+	   CASE WHEN c.chunked THEN l.reservation_id END AS chunk_id, l.first_entry_id, l.refund_of, l.created_at,
 	   CASE WHEN l.kind IN ('topup', 'install', 'extend') OR (l.kind = 'adjust' AND l.amount > 0) THEN l.amount ELSE 0 END AS granted,
 	   CASE WHEN l.kind IN ('reserve', 'renew') THEN l.amount
 			WHEN l.kind IN ('settle', 'track') THEN - (l.amount + a.released + a.lapsed + a.returned)
-			WHEN l.reservation_id IS NOT NULL THEN - l.amount
+			WHEN l.reservation_id IS NOT NULL AND NOT c.chunked THEN - l.amount
 			ELSE 0 END AS reserved,
+	   CASE WHEN l.kind = 'chunk' THEN l.amount
+			WHEN l.kind IN ('chunk_release', 'chunk_expire') THEN - (l.amount + a.released + a.lapsed + a.returned)
+			ELSE 0 END AS chunked,
 	   CASE WHEN l.kind IN ('topup', 'adjust', 'install', 'extend') THEN l.amount
-			WHEN l.kind IN ('settle', 'track') THEN a.released
+			WHEN l.kind IN ('settle', 'track', 'chunk_release', 'chunk_expire') THEN a.released
 			WHEN l.kind IN ('cancel', 'refund') OR (l.kind = 'expire' AND l.reservation_id IS NOT NULL) THEN l.amount - a.lapsed - a.returned
 			ELSE - l.amount END AS remaining,
-	   CASE WHEN l.kind IN ('consume', 'settle', 'track') THEN l.amount
+	   CASE WHEN l.kind IN ('consume', 'settle', 'track', 'chunk_release', 'chunk_expire') THEN l.amount
 			WHEN l.kind = 'refund' THEN - l.amount
 			ELSE 0 END AS consumed,
 	   CASE WHEN l.kind = 'expire' AND l.reservation_id IS NULL THEN l.amount ELSE a.lapsed END AS expired,
 	   CASE WHEN l.kind = 'release' THEN l.amount ELSE a.returned END AS returned,
 	   CASE WHEN l.kind = 'adjust' AND l.amount < 0 THEN - l.amount ELSE 0 END AS revoked
   FROM credit_lease.ledger l,
-	   LATERAL (SELECT coalesce(l.released, 0), coalesce(l.lapsed, 0), coalesce(l.returned, 0)) AS a (released, lapsed, returned);
-COMMENT ON VIEW credit_lease.movement IS 'what each ledger entry changed in each term of its tranche';
+	   LATERAL (SELECT coalesce(l.released, 0), coalesce(l.lapsed, 0), coalesce(l.returned, 0)) AS a (released, lapsed, returned),
+	   LATERAL (SELECT l.kind IN ('chunk', 'chunk_release', 'chunk_expire') OR (l.kind = 'consume' AND l.reservation_id IS NOT NULL)) AS c (chunked);
+COMMENT ON VIEW credit_lease.movement IS 'what each ledger entry changed in each term of its tranche, or of its chunk where it was spent of one';
+COMMENT ON COLUMN credit_lease.movement.reservation_id IS 'the hold';
+COMMENT ON COLUMN credit_lease.movement.chunk_id IS 'the chunk: that was carved out, spent of, or given back';
 
 CREATE VIEW credit_lease.usage_by_day AS
 SELECT (m.created_at AT TIME ZONE 'UTC')::date AS day, m.account, m.credit,
@@ -550,7 +615,7 @@ SELECT (m.created_at AT TIME ZONE 'UTC')::date AS day, m.account, m.credit,
   FROM credit_lease.movement m
  WHERE m.kind IN ('consume', 'settle', 'track', 'refund')
  GROUP BY 1, 2, 3;
-COMMENT ON VIEW credit_lease.usage_by_day IS 'what was spent, less what was refunded, by day (UTC)';
+COMMENT ON VIEW credit_lease.usage_by_day IS 'what was spent, less what was refunded, by day (UTC); of a chunk when it was spent, not when the chunk ended';
 COMMENT ON COLUMN credit_lease.usage_by_day.calls IS 'calls that spent something';
 
 -- Every branch groups by account, so that one account is checked by index.
@@ -575,7 +640,7 @@ SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
 	   ) AS f (rule, expected, found)
  WHERE f.expected <> f.found
 UNION ALL
--- what has a tranche, a hold or a freeze has an account, by which it is locked
+-- what has a tranche, a hold, a chunk or a freeze has an account, by which it is locked
 SELECT s.account, s.credit, NULL, 'account ' || f.rule, f.expected, f.found
   FROM (
 	SELECT u.account, max(u.credit) AS credit, count(u.marked) AS accounts,
@@ -586,6 +651,8 @@ SELECT s.account, s.credit, NULL, 'account ' || f.rule, f.expected, f.found
 		SELECT t.account, t.credit, NULL, false FROM credit_lease.tranche t
 		UNION ALL
 		SELECT r.account, r.credit, NULL, false FROM credit_lease.reservation r
+		UNION ALL
+		SELECT c.account, c.credit, NULL, false FROM credit_lease.chunk c
 		UNION ALL
 		SELECT f.account, f.credit, NULL, true FROM credit_lease.frozen_pool f
 	  ) AS u (account, credit, marked, frozen)
@@ -608,29 +675,37 @@ SELECT t.account, t.credit, t.tranche_id, 'expiry of reservation ' || r.reservat
    AND (t.hold_expires_at <= r.expires_at) IS NOT TRUE
 UNION ALL
 -- rule 2, across tables: the ledger's sums are the tranches' columns, the
--- holds' parts are what is reserved
+-- holds' parts are what is reserved, the chunks' what is carved out
 SELECT s.account, s.credit, s.tranche_id, f.rule, f.expected, f.found
   FROM (
 	SELECT u.account, u.credit, u.tranche_id,
-		   sum(u.l1) AS l1, sum(u.l2) AS l2, sum(u.l3) AS l3, sum(u.l4) AS l4, sum(u.l5) AS l5, sum(u.l6) AS l6, sum(u.l7) AS l7,
-		   sum(u.held) AS held,
-		   sum(u.t1) AS t1, sum(u.t2) AS t2, sum(u.t3) AS t3, sum(u.t4) AS t4, sum(u.t5) AS t5, sum(u.t6) AS t6, sum(u.t7) AS t7
+		   sum(u.l1) AS l1, sum(u.l2) AS l2, sum(u.l3) AS l3, sum(u.l4) AS l4, sum(u.l5) AS l5, sum(u.l6) AS l6, sum(u.l7) AS l7, sum(u.l8) AS l8,
+		   sum(u.held) AS held, sum(u.carved) AS carved,
+		   sum(u.t1) AS t1, sum(u.t2) AS t2, sum(u.t3) AS t3, sum(u.t4) AS t4, sum(u.t5) AS t5, sum(u.t6) AS t6, sum(u.t7) AS t7, sum(u.t8) AS t8
 	  FROM (
 		SELECT m.account, m.credit, m.tranche_id,
-			   m.granted, m.reserved, m.remaining, m.consumed, m.expired, m.returned, m.revoked,
+			   m.granted, m.reserved, m.remaining, m.consumed, m.expired, m.returned, m.revoked, m.chunked,
+			   NULL::numeric, NULL::numeric,
 			   NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric, NULL::numeric
 		  FROM credit_lease.movement m
+		 WHERE m.tranche_id IS DISTINCT FROM m.chunk_id
 		UNION ALL
-		SELECT r.account, r.credit, p.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-			   p.amount, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+		SELECT r.account, r.credit, p.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+			   p.amount, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 		  FROM credit_lease.reservation r,
 			   unnest(r.tranche_ids, r.tranche_amounts) AS p (tranche_id, amount)
 		 WHERE r.status = 'held'
 		UNION ALL
-		SELECT t.account, t.credit, t.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-			   NULL, t.granted, t.reserved, t.remaining, t.consumed, t.expired, t.returned, t.revoked
+		SELECT c.account, c.credit, p.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+			   NULL, p.amount, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+		  FROM credit_lease.chunk c,
+			   unnest(c.tranche_ids, c.tranche_amounts) AS p (tranche_id, amount)
+		 WHERE c.status = 'live'
+		UNION ALL
+		SELECT t.account, t.credit, t.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+			   NULL, NULL, t.granted, t.reserved, t.remaining, t.consumed, t.expired, t.returned, t.revoked, t.chunked
 		  FROM credit_lease.tranche t
-	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, l7, held, t1, t2, t3, t4, t5, t6, t7)
+	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, l7, l8, held, carved, t1, t2, t3, t4, t5, t6, t7, t8)
 	 GROUP BY u.account, u.credit, u.tranche_id
   ) AS s,
   LATERAL (VALUES
@@ -641,7 +716,9 @@ SELECT s.account, s.credit, s.tranche_id, f.rule, f.expected, f.found
 	('ledger sums to expired', coalesce(s.l5, 0), s.t5),
 	('ledger sums to returned', coalesce(s.l6, 0), s.t6),
 	('ledger sums to revoked', coalesce(s.l7, 0), s.t7),
-	('holds sum to reserved', coalesce(s.held, 0), s.t2)
+	('ledger sums to chunked', coalesce(s.l8, 0), s.t8),
+	('holds sum to reserved', coalesce(s.held, 0), s.t2),
+	('chunks sum to chunked', coalesce(s.carved, 0), s.t8)
   ) AS f (rule, expected, found)
  WHERE f.expected IS DISTINCT FROM f.found
 UNION ALL
@@ -691,6 +768,68 @@ SELECT s.account, s.credit, NULL, 'reservation ' || s.reservation_id || ' ' || f
 	('is held', s.is_held, CASE WHEN s.held THEN s.amount ELSE 0 END),
 	('was consumed', s.was_consumed, s.consumed),
 	('was refunded', s.was_refunded, s.refunded)
+  ) AS f (rule, expected, found)
+ WHERE f.expected IS DISTINCT FROM f.found
+UNION ALL
+-- a chunk: the equation, no negative term, and nothing remains of what has
+-- ended, or is returned before
+SELECT c.account, c.credit, c.chunk_id, 'chunk ' || f.rule, f.expected, f.found
+  FROM credit_lease.chunk c,
+	   LATERAL (VALUES
+		('balances', c.granted, c.remaining + c.consumed + c.returned),
+		('granted is positive', CASE WHEN c.granted > 0 THEN c.granted ELSE 1 END, c.granted),
+		('remaining is not negative', greatest(c.remaining, 0), c.remaining),
+		('consumed is not negative', greatest(c.consumed, 0), c.consumed),
+		('returned is not negative', greatest(c.returned, 0), c.returned),
+		('has nothing left but while it lives', CASE WHEN c.status = 'live' THEN c.remaining ELSE 0 END, c.remaining),
+		('returns nothing while it lives', CASE WHEN c.status = 'live' THEN 0 ELSE c.returned END, c.returned),
+		('has ended once', (c.status <> 'live')::integer, (c.ended_at IS NOT NULL)::integer),
+		('is the sum of its parts', c.granted, (SELECT sum(p.amount) FROM unnest(c.tranche_amounts) AS p (amount)))
+	   ) AS f (rule, expected, found)
+ WHERE f.expected IS DISTINCT FROM f.found
+UNION ALL
+-- ... and its entries: what was carved out of each tranche, and how it ended there
+SELECT s.account, s.credit, s.tranche_id, 'chunk ' || s.chunk_id || ' ' || f.rule, f.expected, f.found
+  FROM (
+	SELECT u.account, u.credit, u.chunk_id, u.tranche_id, coalesce(sum(u.part), 0) AS part,
+		   coalesce(sum(u.live), 0) AS live, coalesce(sum(u.carved), 0) AS carved, coalesce(sum(u.chunked), 0) AS chunked
+	  FROM (
+		SELECT c.account, c.credit, c.chunk_id, p.tranche_id, p.amount, CASE WHEN c.status = 'live' THEN p.amount END, NULL::numeric, NULL::numeric
+		  FROM credit_lease.chunk c,
+			   unnest(c.tranche_ids, c.tranche_amounts) AS p (tranche_id, amount)
+		UNION ALL
+		SELECT m.account, m.credit, m.chunk_id, m.tranche_id, NULL, NULL, greatest(m.chunked, 0), m.chunked
+		  FROM credit_lease.movement m
+		 WHERE m.chunk_id IS NOT NULL AND m.chunk_id <> m.tranche_id
+	  ) AS u (account, credit, chunk_id, tranche_id, part, live, carved, chunked)
+	 GROUP BY u.account, u.credit, u.chunk_id, u.tranche_id
+  ) AS s,
+  LATERAL (VALUES
+	('was carved out of here', s.carved, s.part),
+	('is carved out of here', s.chunked, s.live)
+  ) AS f (rule, expected, found)
+ WHERE f.expected <> f.found
+UNION ALL
+-- ... what was spent of it, by its own entries, and by those of its end
+SELECT s.account, s.credit, s.chunk_id, 'chunk ' || f.rule, f.expected, f.found
+  FROM (
+	SELECT u.account, u.credit, u.chunk_id, count(u.consumed) AS chunks, bool_or(u.ended) AS ended, max(u.consumed) AS consumed,
+		   coalesce(sum(u.spent), 0) AS spent, coalesce(sum(u.settled), 0) AS settled
+	  FROM (
+		SELECT c.account, c.credit, c.chunk_id, c.status <> 'live', c.consumed, NULL::numeric, NULL::numeric
+		  FROM credit_lease.chunk c
+		UNION ALL
+		SELECT m.account, m.credit, m.chunk_id, NULL, NULL,
+			   CASE WHEN m.tranche_id = m.chunk_id THEN m.consumed END, CASE WHEN m.tranche_id <> m.chunk_id THEN m.consumed END
+		  FROM credit_lease.movement m
+		 WHERE m.chunk_id IS NOT NULL
+	  ) AS u (account, credit, chunk_id, ended, consumed, spent, settled)
+	 GROUP BY u.account, u.credit, u.chunk_id
+  ) AS s,
+  LATERAL (VALUES
+	('exists', 1::numeric, s.chunks::numeric),
+	('ledger sums to consumed', s.spent, s.consumed),
+	('consumed of its tranches', CASE WHEN s.ended THEN s.consumed ELSE 0 END, s.settled)
   ) AS f (rule, expected, found)
  WHERE f.expected IS DISTINCT FROM f.found
 UNION ALL
@@ -766,6 +905,11 @@ CREATE TYPE credit_lease.settle_result AS (reservation_id bigint, reserved numer
 COMMENT ON TYPE credit_lease.settle_result IS 'what lease_settle() returns';
 CREATE TYPE credit_lease.renew_result AS (reservation_id bigint, amount numeric, expires_at timestamptz);
 COMMENT ON TYPE credit_lease.renew_result IS 'what lease_renew() returns';
+CREATE TYPE credit_lease.chunk_result AS (chunk_id bigint, account text, credit text, owner text, granted numeric,
+	remaining numeric, expires_at timestamptz, status text, replayed boolean);
+COMMENT ON TYPE credit_lease.chunk_result IS 'what lease_chunk_allocate(), lease_chunk(), lease_chunk_renew() and lease_chunk_release() return; status: live, expired or released';
+CREATE TYPE credit_lease.chunk_consume_result AS (applied boolean, chunk_id bigint, remaining numeric, expires_at timestamptz, replayed boolean);
+COMMENT ON TYPE credit_lease.chunk_consume_result IS 'what lease_chunk_consume() and lease_try_chunk_consume() return';
 CREATE TYPE credit_lease.check_result AS (allowed boolean, reason text, error text, reservation_id bigint, credit text,
 	amount numeric, rate numeric, event text, available numeric, expires_at timestamptz);
 COMMENT ON TYPE credit_lease.check_result IS 'what lease_check() returns; reason: allowed, insufficient_credit, lease_acquire_failed, denied_by_rule or what the rule says, not_metered, frozen or invalid_quantity';
@@ -871,6 +1015,53 @@ CREATE FUNCTION credit_lease.lease_renew(account text, reservation_id bigint, tt
 COMMENT ON FUNCTION credit_lease.lease_renew(text, bigint, interval, numeric) IS
 	'lets a hold live until ttl from now, never shorter than it would, and may hold more';
 
+-- Chunks
+
+CREATE FUNCTION credit_lease.lease_chunk_allocate(account text, credit text, amount numeric, owner text,
+		ttl interval DEFAULT NULL, idempotency_key text DEFAULT NULL)
+	RETURNS credit_lease.chunk_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_chunk_allocate(text, text, numeric, text, interval, text) IS
+	'carves an amount out of a pool for one owner, who spends of it without touching the pool';
+
+CREATE FUNCTION credit_lease.lease_chunk(account text, chunk_id bigint)
+	RETURNS credit_lease.chunk_result
+	LANGUAGE c STABLE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_chunk(text, bigint) IS
+	'what a chunk has now, or how it has ended';
+
+CREATE FUNCTION credit_lease.lease_chunk_renew(account text, chunk_id bigint, owner text, ttl interval DEFAULT NULL)
+	RETURNS credit_lease.chunk_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_chunk_renew(text, bigint, text, interval) IS
+	'lets a chunk live until ttl from now, never shorter than it would, nor longer than the tranches that it came from';
+
+CREATE FUNCTION credit_lease.lease_chunk_release(account text, chunk_id bigint, owner text)
+	RETURNS credit_lease.chunk_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_chunk_release(text, bigint, text) IS
+	'ends a chunk: what was not spent of it goes back to the tranches that it came from';
+
+CREATE FUNCTION credit_lease.lease_chunk_consume(account text, chunk_id bigint, amount numeric, owner text,
+		idempotency_key text DEFAULT NULL)
+	RETURNS credit_lease.chunk_consume_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_chunk_consume(text, bigint, numeric, text, text) IS
+	'spends of a chunk; raises when it cannot';
+
+CREATE FUNCTION credit_lease.lease_try_chunk_consume(account text, chunk_id bigint, amount numeric, owner text,
+		idempotency_key text DEFAULT NULL)
+	RETURNS credit_lease.chunk_consume_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_try_chunk_consume(text, bigint, numeric, text, text) IS
+	'spends of a chunk; applied is false when it has not enough or the pool is frozen';
+
 -- Features. lease_check() and lease_explain() become the extension's owner by
 -- themselves, and are who called them again while the rule is asked.
 
@@ -917,7 +1108,7 @@ CREATE FUNCTION credit_lease.lease_reclaim(max_rows integer DEFAULT NULL)
 	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
 	SET search_path = pg_catalog, pg_temp;
 COMMENT ON FUNCTION credit_lease.lease_reclaim(integer) IS
-	'sweeps now: gives expired holds back and writes expired tranches off; the number of holds given back';
+	'sweeps now: gives expired holds and chunks back and writes expired tranches off; the number of those given back';
 
 -- Upstream
 
@@ -1052,7 +1243,8 @@ REVOKE ALL ON ALL TABLES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON TYPE credit_lease.topup_result, credit_lease.entry_result, credit_lease.consume_result,
-	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result, credit_lease.check_result,
+	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result,
+	credit_lease.chunk_result, credit_lease.chunk_consume_result, credit_lease.check_result,
 	credit_lease.explain_result, credit_lease.track_result, credit_lease.worker_result,
 	credit_lease.upstream_result, credit_lease.policy_result, credit_lease.prewarm_result FROM PUBLIC;
 REVOKE ALL ON SCHEMA credit_lease FROM PUBLIC;

@@ -2,7 +2,8 @@
  * account.c
  *		The lock of an account.
  *
- * Every call that changes anything of an account locks the account's row of
+ * Every call that changes anything of an account, but for the row of a chunk and
+ * the entries of what is spent of it (chunk.c), locks the account's row of
  * credit_lease.account first, in a statement of its own, until the end of the
  * transaction. The statements after it see all that others have committed, and
  * nobody else changes anything meanwhile: the rest of a call waits for nothing,

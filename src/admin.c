@@ -60,7 +60,10 @@ static const char *const level_grants[] = {
 	"  FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'credit_lease'::pg_catalog.regnamespace"
 	"  AND p.proname IN ('lease_balance', 'lease_consume', 'lease_try_consume', 'lease_reserve',"
 	"   'lease_try_reserve', 'lease_settle', 'lease_cancel', 'lease_renew',"
+	"   'lease_chunk_allocate', 'lease_chunk', 'lease_chunk_renew', 'lease_chunk_release',"
+	"   'lease_chunk_consume', 'lease_try_chunk_consume',"
 	"   'lease_check', 'lease_track', 'lease_explain')",
+
 
 	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
 	" UNION ALL SELECT pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::pg_catalog.regprocedure, $1)"
@@ -132,8 +135,8 @@ lease_unfreeze(PG_FUNCTION_ARGS)
 
 /*
  * lease_grant_access(role, level)
- *		Grants a role what it needs to spend (the functions under "Spending" and
- *		"Features", and lease_balance), to read (tables, views, lease_verify), or to admin
+ *		Grants a role what it needs to spend (the functions under "Spending",
+ *		"Chunks" and "Features", and lease_balance), to read (tables, views, lease_verify), or to admin
  *		(everything). Takes the locks of GRANT. Raises 42704 for an unknown
  *		role; PUBLIC is none.
  */

@@ -4,7 +4,8 @@
  *
  * How the sources hang together, from the caller down:
  *
- *	money_in.c, consume.c, reservation.c, settle.c, check.c, lease.c, reclaim.c, balance.c, admin.c
+ *	money_in.c, consume.c, reservation.c, settle.c, carve.c, chunk_consume.c, check.c, lease.c,
+ *	reclaim.c, balance.c, admin.c
  *				the SQL functions; reclaim.c also what calls give back themselves
  *	supply.c	the wait of a call for its upstream, and lease_prewarm()
  *	policy.c	the settings of a pool, and whether pools may have an upstream
@@ -15,6 +16,7 @@
  *	account.c	the lock of an account
  *	pool.c		the tranches of one pool: reading, deciding, moving amounts
  *	hold.c		the rows of reservations
+ *	chunk.c		the rows of chunks
  *	ledger.c	writing what was moved, to the ledger and to the tranches
  *	statement.c	kept SPI plans
  *	worker.c, launcher.c, worker_state.c
@@ -29,7 +31,8 @@
  *				exact amounts, and the time
  *
  * Locks: a call locks the row of its account, in credit_lease.account, and waits
- * for nothing else. Whoever sweeps several accounts (reclaim.c) never waits.
+ * for nothing else; who spends of a chunk locks that in place of the account,
+ * and who releases one locks it after the account (chunk.c). Whoever sweeps several accounts (reclaim.c) never waits.
  */
 #include "postgres.h"
 

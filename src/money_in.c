@@ -30,7 +30,8 @@ static const EntryKind kind_refund = {.name = "refund", .bucket = CONSUMED, .neg
  */
 static Statement consumed_statement = {
 	.sql = "SELECT l.entry_id, l.credit, l.tranche_id,"
-	" CASE WHEN l.kind IN ('consume', 'settle', 'track') THEN l.amount ELSE 0 END, coalesce(r.amount, 0), l.kind = 'track'"
+	" CASE WHEN l.kind IN ('consume', 'settle', 'track') THEN l.amount ELSE 0 END, coalesce(r.amount, 0), l.kind = 'track',"
+	" l.kind IN ('chunk_release', 'chunk_expire') OR (l.kind = 'consume' AND l.reservation_id IS NOT NULL)"
 	" FROM (SELECT coalesce(e.first_entry_id, e.entry_id) AS entry_id FROM credit_lease.ledger e"
 	"  WHERE e.account = $1 AND e.entry_id = $2) c"
 	" JOIN credit_lease.ledger f ON f.account = $1 AND f.entry_id = c.entry_id"
@@ -60,6 +61,7 @@ typedef struct ConsumedEntry
 	Numeric		refunded;		/* before this call */
 	Numeric		refund;			/* by this call */
 	bool		tracked;
+	bool		of_chunk;
 } ConsumedEntry;
 
 /*
@@ -223,6 +225,7 @@ find_consumed(text *account, int64 entry_id, ConsumedEntry **entries, text **cre
 		entry->refunded = DatumGetNumeric(statement_value(i, 5, &isnull));
 		entry->refund = amount_zero();
 		entry->tracked = DatumGetBool(statement_value(i, 6, &isnull));
+		entry->of_chunk = DatumGetBool(statement_value(i, 7, &isnull));
 		if (amount_sign(entry->refunded) < 0 ||
 			amount_compare(entry->refunded, entry->consumed) > 0)
 			ereport(ERROR,
@@ -307,11 +310,24 @@ refuse_reported(const ConsumedEntry *entry, const Tranche *tranche)
 }
 
 /*
+ * What was spent of a chunk is spent of its tranches only when that ends, and
+ * then in one sum for all its entries.
+ */
+pg_noreturn static void
+refuse_of_chunk(int64 entry_id)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("entry " INT64_FORMAT " was spent of a chunk", entry_id),
+			 errhint("Correct the pool with credit_lease.lease_adjust().")));
+}
+
+/*
  * lease_refund(account, entry_id, amount, reason, idempotency_key)
  *		Gives back an amount of what the call of an entry consumed, to the
  *		tranches that it came from, see pool_give_back(). Raises LC002, LC003,
  *		LC005 where that much is not left to refund, LC009, and 0A000 for what
- *		was tracked of an upstream's lease.
+ *		was tracked of an upstream's lease or spent of a chunk.
  */
 PG_FUNCTION_INFO_V1(lease_refund);
 Datum
@@ -344,6 +360,8 @@ lease_refund(PG_FUNCTION_ARGS)
 	if (!account_lock(pool.account, ACCOUNT_LOCK, &pool.may_be_frozen))
 		no_such_entry(pool.account, entry_id);
 	n = find_consumed(pool.account, entry_id, &entries, &pool.credit);
+	if (entries[0].of_chunk)
+		refuse_of_chunk(entry_id);
 	pool.closed_ids = tranche_ids(entries, n);
 	pool_read(&pool);
 	reclaim_lapsed(&pool);

@@ -78,14 +78,21 @@ static Statement frozen_statement = {
 	.argtypes = {TEXTOID, TEXTOID}
 };
 
-/* Returns whether the pool is frozen, and the reason or NULL. */
-static bool
-find_freeze(const Pool *pool, char **reason)
+/*
+ * pool_find_freeze
+ *		Returns whether spending and holding are stopped in a pool, and the
+ *		reason or NULL. That costs a look only where a freeze concerns the
+ *		account.
+ */
+bool
+pool_find_freeze(const Pool *pool, char **reason)
 {
 	Parameters	parameters = {0};
 	bool		isnull;
 	Datum		value;
 
+	if (!pool->may_be_frozen)
+		return false;
 	parameter_add_pointer(&parameters, pool->account);
 	parameter_add_pointer(&parameters, pool->credit);
 	if (statement_execute(&frozen_statement, &parameters) == 0)
@@ -307,17 +314,13 @@ tranche_is_open(const Tranche *tranche)
 		amount_sign(tranche->balance[CHUNKED]) != 0;
 }
 
-/*
- * pool_is_frozen
- *		Returns whether spending and holding are stopped in a locked pool. That
- *		costs a look only where a freeze concerns the account.
- */
+/* Returns whether spending and holding are stopped in a locked pool. */
 bool
 pool_is_frozen(const Pool *pool)
 {
 	char	   *reason;
 
-	return pool->may_be_frozen && find_freeze(pool, &reason);
+	return pool_find_freeze(pool, &reason);
 }
 
 /* Returns one of the pool's locked tranches; raises LC009 if it is none of them. */
@@ -464,13 +467,17 @@ pool_refuse(const Pool *pool, Numeric requested)
 {
 	char	   *reason;
 
-	if (!pool->may_be_frozen || !find_freeze(pool, &reason))
-	{
-		if (pool->unreachable)
-			refuse_unsupplied(pool, requested);
-		pool_refuse_short(pool, requested);
-	}
+	if (pool_find_freeze(pool, &reason))
+		pool_refuse_frozen(pool, reason);
+	if (pool->unreachable)
+		refuse_unsupplied(pool, requested);
+	pool_refuse_short(pool, requested);
+}
 
+/* Raises LC007. */
+void
+pool_refuse_frozen(const Pool *pool, const char *reason)
+{
 	ereport(ERROR,
 			(errcode(ERRCODE_LEASE_FROZEN),
 			 errmsg("credit \"%s\" of account \"%s\" is frozen",

@@ -73,6 +73,7 @@ typedef struct Pool
 
 extern void pool_lock(Pool *pool, AccountLock how);
 extern void pool_read(Pool *pool);
+extern bool pool_find_freeze(const Pool *pool, char **reason);
 extern bool pool_is_frozen(const Pool *pool);
 extern bool tranche_is_open(const Tranche *tranche);
 extern Tranche *pool_get(const Pool *pool, int64 tranche_id);
@@ -82,6 +83,7 @@ extern void pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Nume
 extern void pool_give_back(Pool *pool, Tranche *tranche, Bucket from, Numeric amount);
 extern void pool_take(Pool *pool, Numeric amount, Bucket to);
 pg_noreturn extern void pool_refuse(const Pool *pool, Numeric requested);
+pg_noreturn extern void pool_refuse_frozen(const Pool *pool, const char *reason);
 pg_noreturn extern void pool_refuse_short(const Pool *pool, Numeric requested);
 
 #endif							/* CREDIT_LEASE_POOL_H */

@@ -1,10 +1,11 @@
 /*
  * reclaim.c
- *		What has expired: holds that are given back, tranches that are written
- *		off.
+ *		What has expired: holds and chunks that are given back, tranches that
+ *		are written off.
  *
- * Calls give back the expired holds of their own pool, under the locks that
- * they have anyway: nobody depends on a sweep having come by (rule 7).
+ * Calls give back the expired holds of their own pool, and when they are short
+ * its expired chunks, under the locks that they have anyway: nobody depends on
+ * a sweep having come by (rule 7).
  *
  * lease_reclaim() sweeps every pool. It may run inside somebody's transaction,
  * or against one that locks accounts in any order, so it never waits for one:
@@ -19,6 +20,7 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "chunk.h"
 #include "clock.h"
 #include "errors.h"
 #include "guard.h"
@@ -54,6 +56,11 @@ static Statement expired_pools_statement = {
 	"  FROM credit_lease.reservation h WHERE h.status = 'held' AND h.expires_at <= $1"
 	"  AND NOT (" PASSED_OVER("h") ")"
 	"  ORDER BY h.expires_at LIMIT $2) r)"
+	" UNION "
+	"(SELECT c.account, c.credit FROM (SELECT k.account, k.credit"
+	"  FROM credit_lease.chunk k WHERE k.status = 'live' AND k.expires_at <= $1"
+	"  AND NOT (" PASSED_OVER("k") ")"
+	"  ORDER BY k.expires_at LIMIT $2) c)"
 	" UNION "
 	"(SELECT t.account, t.credit FROM (SELECT e.account, e.credit"
 	"  FROM credit_lease.tranche e WHERE e.open AND e.expires_at <= $1 AND e.remaining <> 0"
@@ -114,18 +121,19 @@ give_back(Pool *pool, int limit)
 }
 
 /*
- * Gives back a batch and reads the pool again; returns whether that changed
- * anything. What a batch needs of memory goes with its own SPI connection.
+ * Gives back a batch, of holds or of chunks, and reads the pool again; returns
+ * whether that changed anything. What a batch needs of memory goes with its own
+ * SPI connection.
  */
 static bool
-give_back_batch(Pool *pool)
+give_back_batch(Pool *pool, int (*give) (Pool *pool, int limit))
 {
 	Pool		batch = *pool;
 	int			given;
 
 	statement_begin();
 	pool_read(&batch);
-	given = give_back(&batch, BATCH);
+	given = give(&batch, BATCH);
 	SPI_finish();
 
 	pool_read(pool);
@@ -182,7 +190,7 @@ void
 reclaim_lapsed(Pool *pool)
 {
 	if (pool->may_have_lapsed)
-		give_back_batch(pool);
+		give_back_batch(pool, give_back);
 }
 
 /*
@@ -196,34 +204,53 @@ reclaim_lock(Pool *pool, AccountLock how)
 	reclaim_lapsed(pool);
 }
 
+static bool
+has_chunks(const Pool *pool)
+{
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		if (amount_sign(pool->tranche[i]->balance[CHUNKED]) > 0)
+			return true;
+	}
+	return false;
+}
+
 /*
  * reclaim_cover
  *		Returns whether a locked pool has an amount available. Before it says
- *		no, it gives all of the pool's expired holds back. Nothing may be
- *		moved and not saved.
+ *		no, it gives all of the pool's expired holds and chunks back. Nothing
+ *		may be moved and not saved.
  */
 bool
 reclaim_cover(Pool *pool, Numeric amount)
 {
 	while (amount_compare(pool->available, amount) < 0 && pool->may_have_lapsed)
 	{
-		if (!give_back_batch(pool))
+		if (!give_back_batch(pool, give_back))
+			break;
+	}
+	while (amount_compare(pool->available, amount) < 0 && has_chunks(pool))
+	{
+		if (!give_back_batch(pool, chunk_reclaim))
 			break;
 	}
 	return amount_compare(pool->available, amount) >= 0;
 }
 
-/* One pool of a locked account, to be swept: at most limit holds */
+/* One pool of a locked account, to be swept: at most limit holds and chunks */
 typedef struct Sweep
 {
 	text	   *account;
 	text	   *credit;
 	int			limit;
-	int			given;			/* the holds that were given back */
+	int			given;			/* those that were given back */
 	bool		any;			/* there was something to do */
 } Sweep;
 
-/* Gives back holds, also those of nothing, of which no tranche knows, and writes off what has expired. */
+/*
+ * Gives back holds, also those of nothing, of which no tranche knows, and
+ * chunks, and writes off what has expired.
+ */
 static void
 sweep_pool(void *arg)
 {
@@ -234,6 +261,7 @@ sweep_pool(void *arg)
 	statement_begin();
 	pool_read(&pool);
 	sweep->given = give_back(&pool, sweep->limit);
+	sweep->given += chunk_reclaim(&pool, sweep->limit - sweep->given);
 	written_off = write_off(&pool);
 	SPI_finish();
 	sweep->any = sweep->given > 0 || written_off;
@@ -296,9 +324,10 @@ sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, in
 
 /*
  * lease_reclaim(max_rows)
- *		Gives back the expired holds of every pool, at most max_rows, and
- *		writes expired tranches off; returns the number of holds. Accounts that
- *		others have locked, or whose books do not balance, are left out.
+ *		Gives back the expired holds and chunks of every pool, at most
+ *		max_rows, and writes expired tranches off; returns how many it gave
+ *		back. Accounts and chunks that others have locked, and pools whose books
+ *		do not balance, are left out.
  */
 PG_FUNCTION_INFO_V1(lease_reclaim);
 Datum

@@ -241,7 +241,10 @@ request_find_first(const Request *request, bool taken, FirstCall *first)
 	if (request->amount && amount_compare(request->amount, first->amount) != 0)
 		key_reused(request, "amount");
 
+	/* what is spent of a chunk is told from what is spent of the pool by what it has to say */
 	value = statement_value(0, 3, &isnull);
+	if (isnull != (request->arguments == NULL))
+		key_reused(request, "function");
 	if (!isnull)
 		compare_arguments(request, DatumGetJsonbP(value));
 
