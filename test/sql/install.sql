@@ -182,8 +182,8 @@ BEGIN
 EXCEPTION WHEN OTHERS THEN
 	GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
 		detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-	message := regexp_replace(message, '(reservation|tranche|entry|entry_id) \d+', '\1 #', 'g');
-	detail := regexp_replace(detail, '(reservation|tranche|entry|entry_id) \d+', '\1 #', 'g');
+	message := regexp_replace(message, '(reservation|chunk|tranche|entry|entry_id) \d+', '\1 #', 'g');
+	detail := regexp_replace(detail, '(reservation|chunk|tranche|entry|entry_id) \d+', '\1 #', 'g');
 	IF test.rows() <> before THEN
 		message := message || ', AND YET SOMETHING CHANGED';
 	END IF;
