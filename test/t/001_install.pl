@@ -28,6 +28,10 @@ my $fill = q{
 	SELECT lease_cancel('a', (lease_reserve('a', 'tokens', 5, '1 day')).reservation_id);
 	SELECT lease_reserve('a', 'tokens', 1, '1 microsecond');
 	SELECT lease_adjust('a', 'seconds', -0.5, 'never given', 'adjust 1');
+	SELECT lease_topup('c', 'tokens', 10);
+	SELECT chunk_id FROM lease_chunk_allocate('c', 'tokens', 5, 'worker', '1 hour', 'chunk 1') \gset
+	SELECT lease_chunk_consume('c', :chunk_id, 1.5, 'worker', 'unit 1');
+	SELECT lease_chunk_release('c', (lease_chunk_allocate('c', 'tokens', 2, 'worker')).chunk_id, 'worker');
 	SELECT lease_freeze('b', 'tokens', 'a dispute');
 };
 
@@ -41,6 +45,10 @@ my $calls = q{
 	SELECT lease_settle('calls', (lease_reserve('calls', 'tokens', 10)).reservation_id, 4);
 	SELECT lease_cancel('calls', (lease_try_reserve('calls', 'tokens', 10)).reservation_id);
 	SELECT lease_renew('calls', (lease_reserve('calls', 'tokens', 10)).reservation_id, '1 hour', 5);
+	SELECT chunk_id FROM lease_chunk_allocate('calls', 'tokens', 10, 'worker') \gset
+	SELECT lease_chunk_consume('calls', :chunk_id, 2, 'worker'), lease_try_chunk_consume('calls', :chunk_id, 2, 'worker');
+	SELECT lease_chunk_renew('calls', :chunk_id, 'worker', '1 hour');
+	SELECT lease_chunk_release('calls', :chunk_id, 'worker');
 	SELECT lease_freeze('calls'), lease_unfreeze('calls');
 	SELECT lease_reclaim();
 	SELECT count(*) FROM lease_verify();
@@ -87,7 +95,8 @@ sub same_and_alive
 		SELECT replayed FROM credit_lease.lease_consume('a', 'tokens', 60.50, 'spend 1', '{"for": "a \"b\" c"}')}),
 		't', "$how: a key has had its effect");
 	is($node->safe_psql($dbname, q{
-		SELECT max(entry_id) AS entry_id, max(reservation_id) AS reservation_id, max(tranche_id) AS tranche_id
+		SELECT max(entry_id) AS entry_id, greatest(max(tranche_id), (SELECT max(chunk_id) FROM credit_lease.chunk)) AS tranche_id,
+			   (SELECT max(reservation_id) FROM credit_lease.reservation) AS reservation_id
 		  FROM credit_lease.ledger \gset
 		SELECT tranche_id > :tranche_id AND entry_id > :entry_id FROM credit_lease.lease_topup('new', 'tokens', 10);
 		SELECT reservation_id > :reservation_id FROM credit_lease.lease_reserve('new', 'tokens', 4);
@@ -147,7 +156,7 @@ sub all_calls
 }
 $session->run_safe('SET search_path = trap, pg_catalog, public; CREATE EXTENSION credit_lease;');
 my $answers = all_calls($session, 'trap, pg_catalog, credit_lease');
-like($answers, qr/^\(1,1,100,100,f\)\n.*\n0\n60\|15\|24$/s, 'names of other schemas are not used');
+like($answers, qr/^\(1,1,100,100,f\)\n.*\n0\n56\|15\|28$/s, 'names of other schemas are not used');
 
 # ---------------------------------------------------------------------------
 # A session that has kept plans goes on when the extension is made anew.
@@ -168,8 +177,8 @@ $session->run_safe("BEGIN; $anew");
 is(all_calls($session, $path), $answers, '... in the transaction that makes it anew');
 $session->run_safe('ROLLBACK;');
 is($session->run_safe(q{SELECT available, reserved, consumed FROM lease_balance('calls');}),
-	'60|15|24', '... and after its rollback');
-$session->run_safe(q{SELECT lease_consume('calls', 'tokens', 60);});
+	'56|15|28', '... and after its rollback');
+$session->run_safe(q{SELECT lease_consume('calls', 'tokens', 56);});
 is(($session->run(q{SELECT lease_consume('calls', 'tokens', 1);}))[1], 'LC001', '... with what there was before');
 $session->run_safe($anew);
 
@@ -234,6 +243,7 @@ for my $query (
 	'SELECT * FROM credit_lease.open_lease ORDER BY 1, 2, 3',
 	'SELECT * FROM credit_lease.open_reservation ORDER BY 1, 2',
 	'SELECT * FROM credit_lease.expired_hold ORDER BY 1, 2',
+	'SELECT c.* FROM credit_lease.chunk k, credit_lease.lease_chunk(k.account, k.chunk_id) c ORDER BY 1',
 	'SELECT * FROM credit_lease.usage_by_day ORDER BY 1, 2, 3')
 {
 	is($standby->safe_psql('postgres', "$mock; $query"),
@@ -246,6 +256,8 @@ my $hold = $node->safe_psql('postgres', q{
 	SELECT reservation_id FROM credit_lease.open_reservation WHERE account = 'a' LIMIT 1});
 my $entry = $node->safe_psql('postgres', q{
 	SELECT entry_id FROM credit_lease.ledger WHERE idempotency_key = 'after the backup'});
+my $chunk = $node->safe_psql('postgres', q{
+	SELECT chunk_id FROM credit_lease.chunk WHERE account = 'c' AND status = 'live'});
 my $reader = LeaseTest::Session->new($node);
 my $on_standby = LeaseTest::Session->new($standby);
 $reader->run_safe('SET default_transaction_read_only = on;');
@@ -260,6 +272,11 @@ for my $call (
 	qq{lease_settle('a', $hold)},
 	qq{lease_cancel('a', $hold)},
 	qq{lease_renew('a', $hold)},
+	q{lease_chunk_allocate('c', 'tokens', 1, 'worker')},
+	qq{lease_chunk_consume('c', $chunk, 1, 'worker')},
+	qq{lease_try_chunk_consume('c', $chunk, 1, 'worker')},
+	qq{lease_chunk_renew('c', $chunk, 'worker')},
+	qq{lease_chunk_release('c', $chunk, 'worker')},
 	q{lease_reclaim()},
 	q{lease_freeze('a')},
 	q{lease_unfreeze('b')})
