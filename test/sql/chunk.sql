@@ -82,6 +82,9 @@ SELECT v.which, c.call, r.code, r.message, r.detail
  WHERE r.code <> 'none'
  ORDER BY v.n, c.n;
 SELECT * FROM refused(format($$ SELECT lease_chunk_consume('chunk:1', %s, 1, 'worker 2') $$, :id));
+-- a name that begins like his is not his
+SELECT owner, r.code FROM (VALUES ('worker'), ('worker 11'), ('WORKER 1')) v (owner),
+	LATERAL refusal(format('SELECT lease_chunk_consume(''chunk:1'', %s, 1, %L)', :id, owner)) r;
 SELECT * FROM pg_temp.pool('chunk:1');
 SELECT * FROM pg_temp.pool('chunk:2');
 
