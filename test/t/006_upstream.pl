@@ -254,6 +254,20 @@ my @order = map { $_->{kind} } grep { ($_->{status} // 0) == 200 && ($_->{compan
 is("@order", 'acquire events events release', 'after all usage');
 ($lease) = $upstream->leases('acct:back');
 is("$lease->{state} $lease->{used} $lease->{released}", 'released 15 85', 'and has the rest back');
+
+# what is spent of a chunk is reported when the chunk ends
+account('acct:chunk', 1000);
+my $chunk = sql("SELECT chunk_id FROM lease_chunk_allocate('acct:chunk', 'tokens', 20, 'worker', '1 hour');");
+sql("SELECT lease_consume('acct:chunk', 'tokens', 10); SELECT lease_chunk_consume('acct:chunk', $chunk, 5, 'worker');");
+is(sql("SELECT lease_release('acct:chunk', 'tokens');"), 't', 'a lease is released while a chunk of it lives');
+becomes($node, q{SELECT u.consumed = 10 AND NOT EXISTS (SELECT FROM credit_lease.usage_report WHERE account = 'acct:chunk')
+	FROM credit_lease.lease_usage u WHERE u.account = 'acct:chunk'}, 'what the pool has spent of it is reported');
+is(scalar $upstream->asked('release', 'acct:chunk'), 0, 'while the chunk lives, the upstream does not hear of the release');
+is(sql("SELECT remaining FROM lease_chunk_consume('acct:chunk', $chunk, 3, 'worker');"), '12', 'of which can be spent');
+is(sql("SELECT status FROM lease_chunk_release('acct:chunk', $chunk, 'worker');"), 'released', 'the chunk is released');
+becomes($node, q{SELECT count(*) = 0 FROM credit_lease.upstream_request WHERE account = 'acct:chunk'}, 'then it does');
+($lease) = $upstream->leases('acct:chunk');
+is("$lease->{state} $lease->{used} $lease->{released}", 'released 18 82', 'and has been told what was spent of the chunk');
 all_is_well('releases');
 
 # ---------------------------------------------------------------------------
