@@ -8,7 +8,9 @@
  * happens, as in ledger.c.
  *
  * Locks: the chunk. Neither the account nor its tranches, so that owners of
- * chunks of one pool do not meet.
+ * chunks of one pool do not meet; but where two requests of an account use one
+ * key at a time, which only a mistake makes them do if they are not about the
+ * same chunk, the second waits for the first to end.
  */
 #include "postgres.h"
 

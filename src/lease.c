@@ -299,8 +299,8 @@ tell_upstream(const Pool *pool, const Tranche *lease)
  *		Returns what remains of the live lease with an id, or of all of the
  *		pool's, which serve nobody from then on; returns false where there is
  *		none. A lease of which nothing remains has no entry. The worker tells the
- *		server, when all that was spent has been reported and no hold has any
- *		of the lease. Raises LC009.
+ *		server, when all that was spent has been reported and no hold or chunk has
+ *		any of the lease. Raises LC009.
  */
 PG_FUNCTION_INFO_V1(lease_release);
 Datum
