@@ -784,7 +784,9 @@ SELECT c.account, c.credit, c.chunk_id, 'chunk ' || f.rule, f.expected, f.found
 		('has nothing left but while it lives', CASE WHEN c.status = 'live' THEN c.remaining ELSE 0 END, c.remaining),
 		('returns nothing while it lives', CASE WHEN c.status = 'live' THEN 0 ELSE c.returned END, c.returned),
 		('has ended once', (c.status <> 'live')::integer, (c.ended_at IS NOT NULL)::integer),
-		('is the sum of its parts', c.granted, (SELECT sum(p.amount) FROM unnest(c.tranche_amounts) AS p (amount)))
+		('is the sum of its parts', c.granted, (SELECT sum(p.amount) FROM unnest(c.tranche_amounts) AS p (amount))),
+		('has a part of each tranche', cardinality(c.tranche_ids), cardinality(c.tranche_amounts)),
+		('has no part that is not positive', 0, (SELECT count(*) FROM unnest(c.tranche_amounts) AS p (amount) WHERE p.amount <= 0))
 	   ) AS f (rule, expected, found)
  WHERE f.expected IS DISTINCT FROM f.found
 UNION ALL

@@ -497,11 +497,7 @@ give_back(Pool *pool, const Chunk *chunk)
 	if (nids != nparts)
 		not_the_sum(chunk);
 	for (int i = 0; i < nparts; i++)
-	{
-		if (amount_sign(DatumGetNumeric(part[i])) <= 0)
-			not_the_sum(chunk);
 		sum = amount_add(sum, DatumGetNumeric(part[i]));
-	}
 	if (amount_compare(sum, chunk->granted) != 0)
 		not_the_sum(chunk);
 

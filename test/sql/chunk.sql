@@ -320,15 +320,17 @@ SELECT v.statement, a.* FROM (VALUES
 	(9, 'UPDATE chunk SET tranche_amounts = ARRAY[9] WHERE chunk_id = LIVE'),
 	(10, 'UPDATE chunk SET tranche_ids = ARRAY[0] WHERE chunk_id = LIVE'),
 	(11, 'UPDATE chunk SET tranche_amounts = ARRAY[4, 6] WHERE chunk_id = LIVE'),
-	(12, $$UPDATE chunk SET status = 'expired' WHERE chunk_id = LIVE$$),
-	(13, 'DELETE FROM chunk WHERE chunk_id = LIVE'),
-	(14, 'UPDATE chunk SET remaining = 1, returned = 5 WHERE chunk_id = ENDED'),
-	(15, 'UPDATE chunk SET consumed = 5, returned = 5 WHERE chunk_id = ENDED'),
-	(16, $$UPDATE chunk SET status = 'live' WHERE chunk_id = ENDED$$),
-	(17, 'UPDATE tranche SET chunked = 9, remaining = remaining + 1 WHERE tranche_id = TRANCHE'),
-	(18, $$UPDATE ledger SET amount = 5 WHERE reservation_id = ENDED AND kind = 'chunk_release'$$),
-	(19, $$DELETE FROM ledger WHERE reservation_id = LIVE AND kind = 'consume'$$),
-	(20, $$DELETE FROM ledger WHERE reservation_id = LIVE AND kind = 'chunk'$$)
+	(12, 'UPDATE chunk SET tranche_ids = ARRAY[TRANCHE, TRANCHE] WHERE chunk_id = LIVE'),
+	(13, 'UPDATE chunk SET tranche_ids = ARRAY[TRANCHE, TRANCHE], tranche_amounts = ARRAY[-1, 11] WHERE chunk_id = LIVE'),
+	(14, $$UPDATE chunk SET status = 'expired' WHERE chunk_id = LIVE$$),
+	(15, 'DELETE FROM chunk WHERE chunk_id = LIVE'),
+	(16, 'UPDATE chunk SET remaining = 1, returned = 5 WHERE chunk_id = ENDED'),
+	(17, 'UPDATE chunk SET consumed = 5, returned = 5 WHERE chunk_id = ENDED'),
+	(18, $$UPDATE chunk SET status = 'live' WHERE chunk_id = ENDED$$),
+	(19, 'UPDATE tranche SET chunked = 9, remaining = remaining + 1 WHERE tranche_id = TRANCHE'),
+	(20, $$UPDATE ledger SET amount = 5 WHERE reservation_id = ENDED AND kind = 'chunk_release'$$),
+	(21, $$DELETE FROM ledger WHERE reservation_id = LIVE AND kind = 'consume'$$),
+	(22, $$DELETE FROM ledger WHERE reservation_id = LIVE AND kind = 'chunk'$$)
   ) v (n, statement), LATERAL pg_temp.after(v.statement) a ORDER BY v.n;
 ROLLBACK;
 
