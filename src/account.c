@@ -10,6 +10,10 @@
  * whatever it touches and in whatever order, and the entries of an account are
  * numbered in the order in which they are committed. Two transactions can
  * deadlock only when they take two accounts in opposite orders.
+ *
+ * Nothing but a freeze changes the row. Those who wait for a row that is locked
+ * alone go on one by one; for one that its holder has changed, all of them wake
+ * at every commit, to wait for its new version.
  */
 #include "postgres.h"
 
