@@ -577,6 +577,43 @@ COMMENT ON COLUMN credit_lease.upstream_status.requests IS 'requests for leases 
 COMMENT ON COLUMN credit_lease.upstream_status.reports IS 'usage that it has not taken yet';
 COMMENT ON COLUMN credit_lease.upstream_status.refused_reports IS 'usage that it has refused for good, see usage_report';
 
+-- Who waits for a row has, or waits for, its tuple lock, by which PostgreSQL
+-- keeps those who wait in order; the first of them, who has it, waits for the
+-- transaction that has the row.
+CREATE VIEW credit_lease.hot_pool AS
+WITH queue AS MATERIALIZED (
+	SELECT l.page, l.tuple, count(*) AS waiting
+	  FROM pg_locks l
+	 WHERE l.locktype = 'tuple' AND l.relation = 'credit_lease.account'::regclass
+	   AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+	 GROUP BY l.page, l.tuple
+),
+pool AS (
+	SELECT a.account, u.credit, q.waiting, 1 AS stripes, u.calls, sum(u.calls) OVER (PARTITION BY a.account) AS all_calls
+	  FROM queue q
+	  JOIN credit_lease.account a ON a.ctid = format('(%s,%s)', q.page, q.tuple)::tid,
+		   LATERAL (
+			SELECT e.credit, count(*) AS calls
+			  FROM (SELECT l.credit, l.first_entry_id
+					  FROM credit_lease.ledger l
+					 WHERE l.account = a.account
+					 ORDER BY l.entry_id DESC
+					 LIMIT 1000) AS e
+			 WHERE e.first_entry_id IS NULL
+			 GROUP BY e.credit) AS u
+)
+SELECT p.account, p.credit, p.waiting, p.stripes, greatest(p.stripes, s.enough) AS advised
+  FROM pool p,
+	   LATERAL (SELECT min(n.power) FROM (VALUES (2), (4), (8), (16), (32), (64)) AS n (power)
+				 WHERE n.power > p.waiting OR n.power = 64) AS s (enough)
+ WHERE p.calls >= p.all_calls / 10
+ ORDER BY p.waiting DESC, p.account, p.calls DESC;
+COMMENT ON VIEW credit_lease.hot_pool IS 'pools for whose account sessions wait at this instant, and how many stripes would let them go on: no row means that nobody waits now, so look again and again while the load is on, by \watch for instance';
+COMMENT ON COLUMN credit_lease.hot_pool.credit IS 'a row for each credit with a tenth of the account''s last calls, of about a thousand; most calls first';
+COMMENT ON COLUMN credit_lease.hot_pool.waiting IS 'sessions that wait for the account now, whatever their credit';
+COMMENT ON COLUMN credit_lease.hot_pool.stripes IS 'what the pool is divided into';
+COMMENT ON COLUMN credit_lease.hot_pool.advised IS 'those who wait and the one who has the account, rounded up to a power of two; at most 64, and no less than stripes';
+
 -- The kind of an entry says from where to where its amount moves. What is spent
 -- of a chunk moves in the chunk, and when that ends in the tranches it came from.
 CREATE VIEW credit_lease.movement AS

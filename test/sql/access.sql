@@ -83,6 +83,7 @@ SELECT granted, remaining FROM open_lease WHERE account = 'access:1';
 SELECT count(*) FROM open_reservation WHERE account = 'access:1';
 SELECT count(*) FROM expired_hold WHERE account = 'access:1';
 SELECT day, consumed, calls FROM usage_by_day WHERE account = 'access:1';
+SELECT count(*) FROM hot_pool WHERE account = 'access:1';
 SELECT lease_consume('access:1', 'tokens', 1);
 SELECT lease_install('access:1', 'tokens', 'L1', 1, '2040-01-01');
 INSERT INTO policy (hold_ttl) VALUES ('1 hour');
