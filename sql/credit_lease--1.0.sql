@@ -33,10 +33,32 @@ COMMENT ON SEQUENCE credit_lease.entry_id_seq IS 'numbers ledger entries; rises 
 CREATE TABLE credit_lease.account (
 	account text COLLATE "C" PRIMARY KEY,
 	frozen boolean NOT NULL DEFAULT false,
+	striped boolean NOT NULL DEFAULT false,
 	created_at timestamptz NOT NULL
 );
-COMMENT ON TABLE credit_lease.account IS 'accounts that have or had credit; every call that changes anything of an account locks its row first';
+COMMENT ON TABLE credit_lease.account IS 'accounts that have or had credit; every call that changes anything of an account locks its row first, or one of its stripes';
 COMMENT ON COLUMN credit_lease.account.frozen IS 'frozen_pool has rows of it';
+COMMENT ON COLUMN credit_lease.account.striped IS 'striped_pool has rows of it';
+
+CREATE TABLE credit_lease.striped_pool (
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	stripes integer NOT NULL CHECK (stripes BETWEEN 2 AND 64),
+	PRIMARY KEY (account, credit)
+);
+COMMENT ON TABLE credit_lease.striped_pool IS 'pools whose tranches are kept in several rows, so that as many calls can spend at a time';
+COMMENT ON COLUMN credit_lease.striped_pool.stripes IS 'how many; what was asked for is in policy';
+
+CREATE TABLE credit_lease.stripe (
+	account text COLLATE "C" NOT NULL,
+	stripe integer NOT NULL,
+	frozen boolean NOT NULL,
+	room character(800) NOT NULL DEFAULT '',
+	PRIMARY KEY (account, stripe)
+) WITH (fillfactor = 10);
+COMMENT ON TABLE credit_lease.stripe IS 'what calls lock in place of the account in its striped pools, one of them each; as many as the pool with the most has';
+COMMENT ON COLUMN credit_lease.stripe.frozen IS 'as account.frozen';
+COMMENT ON COLUMN credit_lease.stripe.room IS 'keeps each row on a page of its own: sessions that lock different rows of one page queue for the page';
 
 -- No CHECK on the amounts, on purpose: every call proves the equation of the
 -- rows that it reads and of those that it writes (LC009), and lease_verify()
@@ -66,6 +88,7 @@ CREATE TABLE credit_lease.tranche (
 	expired numeric NOT NULL DEFAULT 0,
 	returned numeric NOT NULL DEFAULT 0,
 	revoked numeric NOT NULL DEFAULT 0,
+	striped numeric NOT NULL DEFAULT 0,
 	PRIMARY KEY (account, credit, tranche_id)
 ) WITH (fillfactor = 70);	-- room for HOT updates
 ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche_id;
@@ -76,7 +99,7 @@ CREATE UNIQUE INDEX tranche_lease ON credit_lease.tranche (lease_id, account, cr
 CREATE INDEX tranche_leased ON credit_lease.tranche (expires_at) WHERE kind = 'upstream' AND released_at IS NULL;
 CREATE INDEX tranche_slot ON credit_lease.tranche (account, credit, expires_at) WHERE kind = 'upstream';
 
-COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: granted = remaining + reserved + chunked + consumed + expired + returned + revoked';
+COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: granted = remaining + reserved + chunked + consumed + expired + returned + revoked + striped';
 COMMENT ON COLUMN credit_lease.tranche.kind IS 'grant: topped up here; upstream: a lease, set aside for us by an upstream';
 COMMENT ON COLUMN credit_lease.tranche.priority IS 'the lowest burns first, then the soonest expiry, then the oldest';
 COMMENT ON COLUMN credit_lease.tranche.expires_at IS 'from this instant nothing of it can be spent; NULL for never';
@@ -94,11 +117,53 @@ COMMENT ON COLUMN credit_lease.tranche.consumed IS 'spent, less refunds';
 COMMENT ON COLUMN credit_lease.tranche.expired IS 'was left when the tranche expired';
 COMMENT ON COLUMN credit_lease.tranche.returned IS 'given back to where it was leased: what remained at the release, and what came back later';
 COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment';
+COMMENT ON COLUMN credit_lease.tranche.striped IS 'kept in tranche_stripe: there, too, are terms of it; see whole_tranche';
 COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool can draw on';
 COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
 COMMENT ON INDEX credit_lease.tranche_lease IS 'a lease is installed once in its pool, for ever; and is not for two pools';
 COMMENT ON INDEX credit_lease.tranche_leased IS 'the leases that are alive';
 COMMENT ON INDEX credit_lease.tranche_slot IS 'the leases of a pool that are alive, used up or not';
+
+-- What was held in one stripe may be settled in another, and refunded in a
+-- third: of a stripe alone those terms say what was done there, and can be
+-- negative. Their sums cannot, nor can what remains.
+CREATE TABLE credit_lease.tranche_stripe (
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	stripe integer NOT NULL,
+	tranche_id bigint NOT NULL,
+	priority integer NOT NULL,
+	expires_at timestamptz,
+	granted numeric NOT NULL DEFAULT 0,
+	chunked numeric NOT NULL DEFAULT 0,
+	reserved numeric NOT NULL DEFAULT 0,
+	remaining numeric NOT NULL DEFAULT 0,
+	consumed numeric NOT NULL DEFAULT 0,
+	expired numeric NOT NULL DEFAULT 0,
+	returned numeric NOT NULL DEFAULT 0,
+	revoked numeric NOT NULL DEFAULT 0,
+	PRIMARY KEY (account, credit, stripe, tranche_id)
+) WITH (fillfactor = 10);	-- room for HOT updates, and few rows on a page, as for stripe
+COMMENT ON TABLE credit_lease.tranche_stripe IS 'the parts of the tranches of striped pools, a row for each open tranche and each stripe of the account; changed under the lock of its stripe';
+COMMENT ON COLUMN credit_lease.tranche_stripe.priority IS 'as the tranche''s';
+COMMENT ON COLUMN credit_lease.tranche_stripe.expires_at IS 'as the tranche''s, or as it was before a lease was extended';
+COMMENT ON COLUMN credit_lease.tranche_stripe.granted IS 'the share of the tranche that was moved here: the sum of the other terms; the shares of all stripes are tranche.striped';
+COMMENT ON COLUMN credit_lease.tranche_stripe.remaining IS 'can be spent or held by a call that has locked the stripe';
+COMMENT ON COLUMN credit_lease.tranche_stripe.reserved IS 'was held here, less what of any hold was ended here';
+
+CREATE VIEW credit_lease.whole_tranche AS
+SELECT t.account, t.credit, t.tranche_id, t.kind, t.priority, t.created_at, t.expires_at, t.server, t.lease_id, t.released_at,
+	   t.refill_below, t.refresh_at, t.owner, t.open, t.granted,
+	   t.chunked + s.chunked AS chunked, t.reserved + s.reserved AS reserved, t.remaining + s.remaining AS remaining,
+	   t.consumed + s.consumed AS consumed, t.expired + s.expired AS expired, t.returned + s.returned AS returned,
+	   t.revoked + s.revoked AS revoked
+  FROM credit_lease.tranche t,
+	   LATERAL (SELECT coalesce(sum(p.chunked), 0) AS chunked, coalesce(sum(p.reserved), 0) AS reserved,
+			coalesce(sum(p.remaining), 0) AS remaining, coalesce(sum(p.consumed), 0) AS consumed,
+			coalesce(sum(p.expired), 0) AS expired, coalesce(sum(p.returned), 0) AS returned, coalesce(sum(p.revoked), 0) AS revoked
+		  FROM credit_lease.tranche_stripe p
+		 WHERE p.account = t.account AND p.credit = t.credit AND p.tranche_id = t.tranche_id) s;
+COMMENT ON VIEW credit_lease.whole_tranche IS 'tranches with all that is kept in their stripes: granted = remaining + reserved + chunked + consumed + expired + returned + revoked';
 
 CREATE TABLE credit_lease.reservation (
 	account text COLLATE "C" NOT NULL,
@@ -270,6 +335,7 @@ CREATE TABLE credit_lease.policy (
 	hold_ttl interval CHECK (hold_ttl > '0' AND hold_ttl <= '10 years'),
 	failure_mode text CHECK (failure_mode IN ('closed', 'open')),
 	smallest_unit numeric CHECK (smallest_unit >= 1e-12 AND smallest_unit < 1e26 AND min_scale(smallest_unit) <= 12),
+	stripes integer CHECK (stripes BETWEEN 1 AND 64),
 	UNIQUE NULLS NOT DISTINCT (account, credit)
 );
 COMMENT ON TABLE credit_lease.policy IS 'settings by pool: NULL stands for every account, every credit; for each setting the most specific row that has a value decides, the account before the credit; see lease_policy()';
@@ -284,6 +350,7 @@ COMMENT ON COLUMN credit_lease.policy.safety_margin IS 'how long before its end 
 COMMENT ON COLUMN credit_lease.policy.hold_ttl IS 'how long a hold lives when the call does not say; 60 seconds where no row does';
 COMMENT ON COLUMN credit_lease.policy.failure_mode IS 'closed: lease_check() denies who has not enough credit; open: it lets them pass; closed where no row says';
 COMMENT ON COLUMN credit_lease.policy.smallest_unit IS 'lease_check() and lease_track() round amounts up to a multiple of it; 0.000000000001 where no row says';
+COMMENT ON COLUMN credit_lease.policy.stripes IS 'in how many rows each tranche of the pool is kept, so that as many calls can spend of it at a time; 1 where no row says';
 
 -- A rule is kept by its name: a regprocedure would stand in the way of
 -- pg_upgrade.
@@ -391,7 +458,10 @@ COMMENT ON INDEX credit_lease.usage_report_due IS 'the worker: what to report ne
 COMMENT ON INDEX credit_lease.usage_report_tranche IS 'whether all usage of a lease has been reported, before it is released';
 
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.account', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.striped_pool', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.stripe', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.tranche_stripe', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.reservation', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.chunk', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.ledger', '');
@@ -428,7 +498,15 @@ COMMENT ON TRIGGER policy_server ON credit_lease.policy IS 'a server is a foreig
 CREATE TRIGGER policy_changed AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON credit_lease.policy
 	FOR EACH STATEMENT EXECUTE FUNCTION credit_lease.policy_guard();
 ALTER TABLE credit_lease.policy ENABLE ALWAYS TRIGGER policy_changed;
-COMMENT ON TRIGGER policy_changed ON credit_lease.policy IS 'sessions remember whether any policy has a server';
+COMMENT ON TRIGGER policy_changed ON credit_lease.policy IS 'sessions remember whether any policy has a server, or stripes';
+
+CREATE FUNCTION credit_lease.policy_stripes() RETURNS trigger
+	LANGUAGE c SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.policy_stripes() IS 'trigger: keeps a pool in as many stripes as its policy says';
+CREATE TRIGGER policy_stripes AFTER INSERT OR UPDATE OR DELETE ON credit_lease.policy
+	FOR EACH ROW EXECUTE FUNCTION credit_lease.policy_stripes();
+COMMENT ON TRIGGER policy_stripes ON credit_lease.policy IS 'what is said of one pool is done at once';
 
 CREATE FUNCTION credit_lease.meter_guard() RETURNS trigger
 	LANGUAGE c AS 'MODULE_PATHNAME'
@@ -472,7 +550,7 @@ tranche AS (
 	SELECT t.*, u.upstream_balance, coalesce(l.amount, 0) AS held, coalesce(c.spent, 0) AS spent, coalesce(c.lapsed, 0) AS carved,
 		   coalesce(l.amount, 0) + coalesce(c.lapsed, 0) AS lapsed,
 		   t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock)) AS alive
-	  FROM credit_lease.tranche t
+	  FROM credit_lease.whole_tranche t
 	  LEFT JOIN lapsed l ON l.account = t.account AND l.credit = t.credit AND l.tranche_id = t.tranche_id
   LEFT JOIN carved c ON c.account = t.account AND c.credit = t.credit AND c.tranche_id = t.tranche_id
 	  LEFT JOIN credit_lease.lease_usage u ON u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id
@@ -500,8 +578,8 @@ COMMENT ON COLUMN credit_lease.balance.upstream_balance IS 'what the upstream ha
 CREATE VIEW credit_lease.open_lease AS
 SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
 	   t.granted, t.remaining, t.reserved, t.priority, t.expires_at
-  FROM credit_lease.tranche t
- WHERE (t.open OR t.kind = 'upstream') AND t.released_at IS NULL
+  FROM credit_lease.whole_tranche t
+ WHERE ((t.open AND (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0)) OR t.kind = 'upstream') AND t.released_at IS NULL
    AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()))
 UNION ALL
 SELECT c.account, c.credit, c.chunk_id, 'chunk', NULL, c.owner, NULL, c.granted, c.remaining, 0, NULL, c.expires_at
@@ -582,17 +660,28 @@ COMMENT ON COLUMN credit_lease.upstream_status.refused_reports IS 'usage that it
 -- transaction that has the row.
 CREATE VIEW credit_lease.hot_pool AS
 WITH queue AS MATERIALIZED (
-	SELECT l.page, l.tuple, count(*) AS waiting
+	SELECT l.relation, format('(%s,%s)', l.page, l.tuple)::tid AS row, count(*) AS waiting
 	  FROM pg_locks l
-	 WHERE l.locktype = 'tuple' AND l.relation = 'credit_lease.account'::regclass
+	 WHERE l.locktype = 'tuple' AND l.relation IN ('credit_lease.account'::regclass, 'credit_lease.stripe'::regclass)
 	   AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-	 GROUP BY l.page, l.tuple
+	 GROUP BY l.relation, l.page, l.tuple
+),
+account AS (
+	SELECT w.account, sum(w.waiting) AS waiting
+	  FROM (SELECT a.account, q.waiting
+			  FROM queue q
+			  JOIN credit_lease.account a ON q.relation = 'credit_lease.account'::regclass AND a.ctid = q.row
+			UNION ALL
+			SELECT s.account, q.waiting
+			  FROM queue q
+			  JOIN credit_lease.stripe s ON q.relation = 'credit_lease.stripe'::regclass AND s.ctid = q.row) AS w
+	 GROUP BY w.account
 ),
 pool AS (
-	SELECT a.account, u.credit, q.waiting, 1 AS stripes, u.calls, sum(u.calls) OVER (PARTITION BY a.account) AS all_calls
-	  FROM queue q
-	  JOIN credit_lease.account a ON a.ctid = format('(%s,%s)', q.page, q.tuple)::tid,
-		   LATERAL (
+	SELECT a.account, u.credit, a.waiting, coalesce(p.stripes, 1) AS stripes, u.calls,
+		   sum(u.calls) OVER (PARTITION BY a.account) AS all_calls
+	  FROM account a
+	 CROSS JOIN LATERAL (
 			SELECT e.credit, count(*) AS calls
 			  FROM (SELECT l.credit, l.first_entry_id
 					  FROM credit_lease.ledger l
@@ -601,18 +690,19 @@ pool AS (
 					 LIMIT 1000) AS e
 			 WHERE e.first_entry_id IS NULL
 			 GROUP BY e.credit) AS u
+	  LEFT JOIN credit_lease.striped_pool p ON p.account = a.account AND p.credit = u.credit
 )
-SELECT p.account, p.credit, p.waiting, p.stripes, greatest(p.stripes, s.enough) AS advised
+SELECT p.account, p.credit, p.waiting, p.stripes, s.advised
   FROM pool p,
 	   LATERAL (SELECT min(n.power) FROM (VALUES (2), (4), (8), (16), (32), (64)) AS n (power)
-				 WHERE n.power > p.waiting OR n.power = 64) AS s (enough)
+				 WHERE n.power >= p.waiting + p.stripes OR n.power = 64) AS s (advised)
  WHERE p.calls >= p.all_calls / 10
  ORDER BY p.waiting DESC, p.account, p.calls DESC;
 COMMENT ON VIEW credit_lease.hot_pool IS 'pools for whose account sessions wait at this instant, and how many stripes would let them go on: no row means that nobody waits now, so look again and again while the load is on, by \watch for instance';
 COMMENT ON COLUMN credit_lease.hot_pool.credit IS 'a row for each credit with a tenth of the account''s last calls, of about a thousand; most calls first';
-COMMENT ON COLUMN credit_lease.hot_pool.waiting IS 'sessions that wait for the account now, whatever their credit';
-COMMENT ON COLUMN credit_lease.hot_pool.stripes IS 'what the pool is divided into';
-COMMENT ON COLUMN credit_lease.hot_pool.advised IS 'those who wait and the one who has the account, rounded up to a power of two; at most 64, and no less than stripes';
+COMMENT ON COLUMN credit_lease.hot_pool.waiting IS 'sessions that wait for the account, or a stripe of it, now, whatever their credit';
+COMMENT ON COLUMN credit_lease.hot_pool.stripes IS 'in how many the pool is kept';
+COMMENT ON COLUMN credit_lease.hot_pool.advised IS 'for those who wait and those who are at work, rounded up to a power of two, at most 64; see lease_stripe()';
 
 -- The kind of an entry says from where to where its amount moves. What is spent
 -- of a chunk moves in the chunk, and when that ends in the tranches it came from.
@@ -661,7 +751,7 @@ CREATE VIEW credit_lease.finding AS
 SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
   FROM credit_lease.tranche t,
 	   LATERAL (VALUES
-		('tranche balances', t.granted, t.remaining + t.reserved + t.chunked + t.consumed + t.expired + t.returned + t.revoked),
+		('tranche balances', t.granted, t.remaining + t.reserved + t.chunked + t.consumed + t.expired + t.returned + t.revoked + t.striped),
 		('granted is not negative', greatest(t.granted, 0), t.granted),
 		('remaining is not negative', greatest(t.remaining, 0), t.remaining),
 		('reserved is not negative', greatest(t.reserved, 0), t.reserved),
@@ -670,38 +760,101 @@ SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
 		('expired is not negative', greatest(t.expired, 0), t.expired),
 		('returned is not negative', greatest(t.returned, 0), t.returned),
 		('revoked is not negative', greatest(t.revoked, 0), t.revoked),
-		('open while something is left', (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0)::integer, t.open::integer),
+		('striped is not negative', greatest(t.striped, 0), t.striped),
+		('open while something is left', (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0 OR t.striped <> 0)::integer, t.open::integer),
 		('a lease and nothing else has an id', (t.kind = 'upstream')::integer, (t.lease_id IS NOT NULL)::integer),
 		('a lease expires', (t.kind = 'upstream')::integer, (t.kind = 'upstream' AND t.expires_at IS NOT NULL)::integer),
 		('nothing remains of what is released', CASE WHEN t.released_at IS NULL THEN t.remaining ELSE 0 END, t.remaining)
 	   ) AS f (rule, expected, found)
  WHERE f.expected <> f.found
 UNION ALL
+-- ... and of its stripes, whose shares are what the tranche knows to be there
+SELECT p.account, p.credit, p.tranche_id, 'stripe ' || p.stripe || ' ' || f.rule, f.expected, f.found
+  FROM credit_lease.tranche_stripe p,
+	   LATERAL (VALUES
+		('balances', p.granted, p.remaining + p.reserved + p.chunked + p.consumed + p.expired + p.returned + p.revoked),
+		('remaining is not negative', greatest(p.remaining, 0), p.remaining),
+		('has the priority', (SELECT t.priority FROM credit_lease.tranche t
+			WHERE t.account = p.account AND t.credit = p.credit AND t.tranche_id = p.tranche_id), p.priority),
+		('expires no later', 1, (SELECT (coalesce(p.expires_at, 'infinity') <= coalesce(t.expires_at, 'infinity'))::integer
+			FROM credit_lease.tranche t
+			WHERE t.account = p.account AND t.credit = p.credit AND t.tranche_id = p.tranche_id)),
+		('is there', 1, (SELECT count(*) FROM credit_lease.stripe l WHERE l.account = p.account AND l.stripe = p.stripe)),
+		('is of a striped pool', 1, (SELECT count(*) FROM credit_lease.striped_pool s WHERE s.account = p.account AND s.credit = p.credit))
+	   ) AS f (rule, expected, found)
+ WHERE f.expected <> f.found
+UNION ALL
+SELECT s.account, s.credit, s.tranche_id, 'stripes sum to striped', coalesce(s.shares, 0), s.striped
+  FROM (
+	SELECT u.account, u.credit, u.tranche_id, sum(u.share) AS shares, sum(u.striped) AS striped
+	  FROM (
+		SELECT p.account, p.credit, p.tranche_id, p.granted, NULL::numeric FROM credit_lease.tranche_stripe p
+		UNION ALL
+		SELECT t.account, t.credit, t.tranche_id, NULL, t.striped FROM credit_lease.tranche t
+	  ) AS u (account, credit, tranche_id, share, striped)
+	 GROUP BY u.account, u.credit, u.tranche_id
+  ) AS s
+ WHERE coalesce(s.shares, 0) IS DISTINCT FROM s.striped
+UNION ALL
+SELECT t.account, t.credit, t.tranche_id, 'has a row in every stripe', l.stripes,
+	   (SELECT count(*) FROM credit_lease.tranche_stripe p WHERE p.account = t.account AND p.credit = t.credit AND p.tranche_id = t.tranche_id)
+  FROM credit_lease.striped_pool s,
+	   credit_lease.tranche t,
+	   LATERAL (SELECT count(*) FROM credit_lease.stripe l WHERE l.account = s.account) AS l (stripes)
+ WHERE t.account = s.account AND t.credit = s.credit AND t.open AND t.released_at IS NULL
+   AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()))
+   AND l.stripes <> (SELECT count(*) FROM credit_lease.tranche_stripe p
+		WHERE p.account = t.account AND p.credit = t.credit AND p.tranche_id = t.tranche_id)
+UNION ALL
+SELECT w.account, w.credit, w.tranche_id, f.rule || ', stripes included', f.expected, f.found
+  FROM credit_lease.whole_tranche w,
+	   LATERAL (VALUES
+		('chunked is not negative', greatest(w.chunked, 0), w.chunked), ('reserved is not negative', greatest(w.reserved, 0), w.reserved),
+		('consumed is not negative', greatest(w.consumed, 0), w.consumed), ('expired is not negative', greatest(w.expired, 0), w.expired),
+		('returned is not negative', greatest(w.returned, 0), w.returned), ('revoked is not negative', greatest(w.revoked, 0), w.revoked),
+		('nothing remains of what is released', CASE WHEN w.released_at IS NULL THEN w.remaining ELSE 0 END, w.remaining)
+	   ) AS f (rule, expected, found)
+ WHERE f.expected <> f.found
+   AND EXISTS (SELECT FROM credit_lease.tranche_stripe p
+		WHERE p.account = w.account AND p.credit = w.credit AND p.tranche_id = w.tranche_id)
+UNION ALL
 -- what has a tranche, a hold, a chunk or a freeze has an account, by which it is locked
 SELECT s.account, s.credit, NULL, 'account ' || f.rule, f.expected, f.found
   FROM (
 	SELECT u.account, max(u.credit) AS credit, count(u.marked) AS accounts,
-		   coalesce(bool_or(u.marked), false) AS marked, bool_or(u.frozen) AS frozen
+		   coalesce(bool_or(u.marked), false) AS marked, bool_or(u.frozen) AS frozen,
+		   coalesce(bool_or(u.marked_striped), false) AS marked_striped,
+		   coalesce(max(u.stripes), 0) AS stripes, count(u.stripe) AS locks, coalesce(max(u.stripe), 0) AS last_lock,
+		   count(*) FILTER (WHERE u.stripe_frozen) AS frozen_locks
 	  FROM (
-		SELECT a.account, NULL, a.frozen, false FROM credit_lease.account a
+		SELECT a.account, NULL, a.frozen, false, a.striped, NULL::integer, NULL::integer, NULL::boolean FROM credit_lease.account a
 		UNION ALL
-		SELECT t.account, t.credit, NULL, false FROM credit_lease.tranche t
+		SELECT t.account, t.credit, NULL, false, NULL, NULL, NULL, NULL FROM credit_lease.tranche t
 		UNION ALL
-		SELECT r.account, r.credit, NULL, false FROM credit_lease.reservation r
+		SELECT r.account, r.credit, NULL, false, NULL, NULL, NULL, NULL FROM credit_lease.reservation r
 		UNION ALL
-		SELECT c.account, c.credit, NULL, false FROM credit_lease.chunk c
+		SELECT c.account, c.credit, NULL, false, NULL, NULL, NULL, NULL FROM credit_lease.chunk c
 		UNION ALL
-		SELECT f.account, f.credit, NULL, true FROM credit_lease.frozen_pool f
-	  ) AS u (account, credit, marked, frozen)
+		SELECT f.account, f.credit, NULL, true, NULL, NULL, NULL, NULL FROM credit_lease.frozen_pool f
+		UNION ALL
+		SELECT s.account, s.credit, NULL, false, NULL, s.stripes, NULL, NULL FROM credit_lease.striped_pool s
+		UNION ALL
+		SELECT l.account, NULL, NULL, false, NULL, NULL, l.stripe, l.frozen FROM credit_lease.stripe l
+	  ) AS u (account, credit, marked, frozen, marked_striped, stripes, stripe, stripe_frozen)
 	 GROUP BY u.account
   ) AS s,
   LATERAL (VALUES
 	('exists', 1::numeric, s.accounts::numeric),
-	('is marked while something is frozen', s.frozen::integer, s.marked::integer)
+	('is marked while something is frozen', s.frozen::integer, s.marked::integer),
+	('is marked while something is striped', (s.stripes > 0)::integer, s.marked_striped::integer),
+	('has its stripes', s.stripes, s.locks),
+	('has its last stripe', s.stripes, s.last_lock),
+	('has its stripes marked while something is frozen', CASE WHEN s.frozen THEN s.locks ELSE 0 END, s.frozen_locks)
   ) AS f (rule, expected, found)
  WHERE f.expected <> f.found
 UNION ALL
--- a call looks for expired holds only where the tranche says that there may be some
+-- a call looks for expired holds only where the tranche says that there may be
+-- some; in a striped pool it does whenever it is short
 SELECT t.account, t.credit, t.tranche_id, 'expiry of reservation ' || r.reservation_id || ' is known',
 	   extract(epoch FROM r.expires_at), extract(epoch FROM t.hold_expires_at)
   FROM credit_lease.reservation r,
@@ -710,6 +863,7 @@ SELECT t.account, t.credit, t.tranche_id, 'expiry of reservation ' || r.reservat
  WHERE r.status = 'held'
    AND t.account = r.account AND t.credit = r.credit AND t.tranche_id = p.tranche_id
    AND (t.hold_expires_at <= r.expires_at) IS NOT TRUE
+   AND NOT EXISTS (SELECT FROM credit_lease.striped_pool s WHERE s.account = t.account AND s.credit = t.credit)
 UNION ALL
 -- rule 2, across tables: the ledger's sums are the tranches' columns, the
 -- holds' parts are what is reserved, the chunks' what is carved out
@@ -741,7 +895,7 @@ SELECT s.account, s.credit, s.tranche_id, f.rule, f.expected, f.found
 		UNION ALL
 		SELECT t.account, t.credit, t.tranche_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
 			   NULL, NULL, t.granted, t.reserved, t.remaining, t.consumed, t.expired, t.returned, t.revoked, t.chunked
-		  FROM credit_lease.tranche t
+		  FROM credit_lease.whole_tranche t
 	  ) AS u (account, credit, tranche_id, l1, l2, l3, l4, l5, l6, l7, l8, held, carved, t1, t2, t3, t4, t5, t6, t7, t8)
 	 GROUP BY u.account, u.credit, u.tranche_id
   ) AS s,
@@ -961,7 +1115,7 @@ COMMENT ON TYPE credit_lease.track_result IS 'what lease_track() returns; settle
 
 CREATE TYPE credit_lease.policy_result AS (server text, company_id text, credit_type_id text, event text,
 	lease_size numeric, lease_duration interval, low_water_mark numeric, safety_margin interval, hold_ttl interval,
-	failure_mode text, smallest_unit numeric);
+	failure_mode text, smallest_unit numeric, stripes integer);
 COMMENT ON TYPE credit_lease.policy_result IS 'what lease_policy() returns';
 CREATE TYPE credit_lease.prewarm_result AS (credit text, lease_id text, available numeric, status text);
 COMMENT ON TYPE credit_lease.prewarm_result IS 'what lease_prewarm() returns; status: live, pending, refused, unreachable or no upstream';
@@ -1270,6 +1424,13 @@ CREATE FUNCTION credit_lease.lease_unfreeze(account text, credit text DEFAULT NU
 	SET search_path = pg_catalog, pg_temp;
 COMMENT ON FUNCTION credit_lease.lease_unfreeze(text, text) IS
 	'lifts the freeze of a pool, or every freeze of an account; false when there was none';
+
+CREATE FUNCTION credit_lease.lease_stripe(account text, credit text, stripes integer)
+	RETURNS boolean
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_stripe(text, text, integer) IS
+	'keeps each tranche of a pool in so many rows (1 to 64), as its policy says from now on; false when it did already';
 
 CREATE FUNCTION credit_lease.lease_grant_access(role name, level text)
 	RETURNS void

@@ -8,6 +8,16 @@ typedef enum AccountLock
 	ACCOUNT_LOCK_IF_FREE		/* does not wait */
 } AccountLock;
 
-extern bool account_lock(text *account, AccountLock how, bool *frozen);
+/* What is known of an account's pools with its lock */
+typedef struct AccountMarks
+{
+	bool		frozen;			/* something of it is, see admin.c */
+	bool		striped;		/* a pool of it is, see stripe.c */
+} AccountMarks;
+
+extern bool account_lock(text *account, AccountLock how, AccountMarks *marks);
+extern bool account_lock_unless_striped(text *account, AccountMarks *marks);
+extern void account_note_held(text *account);
+extern bool account_is_held(text *account);
 
 #endif							/* CREDIT_LEASE_ACCOUNT_H */

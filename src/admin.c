@@ -6,7 +6,7 @@
  * A freeze is a row of frozen_pool, and a mark on the account that makes calls
  * look for it.
  *
- * Locks: the account, which a freeze creates.
+ * Locks: the account, which a freeze creates, and all its stripes.
  */
 #include "postgres.h"
 
@@ -21,6 +21,7 @@
 #include "argument.h"
 #include "clock.h"
 #include "statement.h"
+#include "stripe.h"
 
 static Statement freeze_statement = {
 	.sql = "INSERT INTO credit_lease.frozen_pool (account, credit, reason, frozen_at)"
@@ -40,6 +41,14 @@ static Statement mark_statement = {
 	.sql = "UPDATE credit_lease.account a SET frozen ="
 	" EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)"
 	" WHERE a.account = $1",
+	.nargs = 1,
+	.argtypes = {TEXTOID}
+};
+
+static Statement mark_stripes_statement = {
+	.sql = "UPDATE credit_lease.stripe s SET frozen ="
+	" EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)"
+	" WHERE s.account = $1",
 	.nargs = 1,
 	.argtypes = {TEXTOID}
 };
@@ -82,15 +91,17 @@ static bool
 change_freeze(text *account, AccountLock how, Statement *change, Parameters *parameters)
 {
 	Parameters	mark = {0};
-	bool		frozen;
+	AccountMarks marks;
 	bool		changed;
 
 	statement_begin();
-	changed = account_lock(account, how, &frozen) && statement_execute(change, parameters) > 0;
+	stripe_lock_account(account);
+	changed = account_lock(account, how, &marks) && statement_execute(change, parameters) > 0;
 	if (changed)
 	{
 		parameter_add_pointer(&mark, account);
 		statement_execute(&mark_statement, &mark);
+		statement_execute(&mark_stripes_statement, &mark);
 	}
 	SPI_finish();
 	return changed;

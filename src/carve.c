@@ -3,8 +3,8 @@
  *		lease_chunk_allocate(), lease_chunk(), lease_chunk_renew() and
  *		lease_chunk_release(): a chunk of a pool, but for what is spent of it.
  *
- * Locks: the account where amounts of the pool move, that is to allocate and
- * to release, and the chunk after it; to renew, the chunk alone; to look,
+ * Locks: the account, or a stripe of it, where amounts of the pool move, that
+ * is to allocate and to release, and the chunk after it; to renew, the chunk alone; to look,
  * nothing.
  */
 #include "postgres.h"
@@ -172,6 +172,7 @@ Datum
 lease_chunk_release(PG_FUNCTION_ARGS)
 {
 	Pool		pool = {0};
+	AccountMarks marks;
 	int64		chunk_id;
 	Chunk		chunk;
 	text	   *owner;
@@ -183,8 +184,13 @@ lease_chunk_release(PG_FUNCTION_ARGS)
 	owner = argument_text(fcinfo, 2, "owner");
 	caller = statement_begin();
 
-	if (!account_lock(pool.account, ACCOUNT_LOCK, &pool.may_be_frozen))
-		chunk_not_found(pool.account, chunk_id);
+	if (!account_lock_unless_striped(pool.account, &marks))
+	{
+		if (!chunk_find(pool.account, chunk_id, false, &chunk))
+			chunk_not_found(pool.account, chunk_id);
+		pool.credit = chunk.credit;
+		pool_lock(&pool);
+	}
 	chunk_lock(pool.account, chunk_id, owner, &chunk);
 	pool.credit = chunk.credit;
 	pool_read(&pool);

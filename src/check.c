@@ -156,7 +156,7 @@ lock_pool(const Check *check, const Meter *meter, TimestampTz until, Pool *pool)
 		return supply_lock_if_enough(pool, meter->amount, until);
 
 	if (check->explains)
-		reclaim_lock(pool, ACCOUNT_LOCK);
+		reclaim_lock(pool, meter->amount);
 	else
 		supply_lock(pool, &request, meter->amount);
 	return reclaim_cover(pool, meter->amount);
@@ -229,7 +229,7 @@ hold(Check *check, Pool *pool)
 	hold->unit = meter->unit;
 	hold->event = check->event ? check->event : meter->event;
 
-	pool_take(pool, amount_min(meter->amount, pool->available), RESERVED);
+	pool_take(pool, reclaim_reach(pool, meter->amount), RESERVED);
 	hold_collect(pool, hold, hold_expiry(pool, check->ttl));
 	ledger_post(pool, &request, &hold->reservation_id);
 	hold_create(pool, hold, NULL);
@@ -245,7 +245,8 @@ read_pool(Check *check, Pool *pool)
 	bool		enough;
 
 	*pool = (Pool) {.account = check->account, .credit = check->meter->credit};
-	reclaim_lock(pool, passes ? ACCOUNT_LOCK_OR_CREATE : ACCOUNT_LOCK);
+	if (!reclaim_lock(pool, check->meter->amount) && passes)
+		reclaim_lock_account(pool);
 	enough = reclaim_cover(pool, check->meter->amount);
 	check->available = pool->available;
 	if (pool_is_frozen(pool))
@@ -420,7 +421,7 @@ static Statement burned_statement = {
 	" 'remaining', t.remaining + h.amount, 'amount', h.amount) ORDER BY h.n)"
 	" FROM credit_lease.reservation r,"
 	"  unnest(r.tranche_ids, r.tranche_amounts) WITH ORDINALITY AS h (tranche_id, amount, n),"
-	"  credit_lease.tranche t"
+	"  credit_lease.whole_tranche t"
 	" WHERE r.account = $1 AND r.reservation_id = $2"
 	"  AND t.account = $1 AND t.credit = r.credit AND t.tranche_id = h.tranche_id",
 	.nargs = 2,

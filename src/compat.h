@@ -36,6 +36,12 @@ typedef struct DateTimeErrorExtra
 	((void) (extra), DecodeDateTime(field, ftype, nf, dtype, tm, fsec, tzp))
 #endif
 
+#if PG_VERSION_NUM >= 170000
+#define MyProcLxid (MyProc->vxid.lxid)
+#else
+#define MyProcLxid (MyProc->lxid)
+#endif
+
 #if PG_VERSION_NUM < 180000
 #define pg_noreturn pg_attribute_noreturn()
 #endif

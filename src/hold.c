@@ -2,9 +2,9 @@
  * hold.c
  *		Holds: the rows of credit_lease.reservation.
  *
- * Whoever makes, changes or ends a hold has locked the account. Every change of
- * the row demands all the same that it is still held, so that it ends once
- * (rule 4).
+ * Whoever makes, changes or ends a hold has locked the account; in a striped
+ * pool a stripe, and the hold. Every change of the row demands all the same that
+ * it is still held, so that it ends once (rule 4).
  *
  * A settlement spends the parts in the order in which their tranches burn and
  * gives the last of them back.
@@ -52,6 +52,14 @@ static Statement lock_statement = {
 static Statement find_lapsed_statement = {
 	.sql = HOLD_COLUMNS " WHERE r.account = $1 AND r.credit = $2 AND r.status = 'held'"
 	" AND r.expires_at <= $3 ORDER BY r.expires_at LIMIT $4",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, INT4OID}
+};
+
+/* ... but for those that somebody is about to end, in another stripe */
+static Statement lock_lapsed_statement = {
+	.sql = HOLD_COLUMNS " WHERE r.account = $1 AND r.credit = $2 AND r.status = 'held'"
+	" AND r.expires_at <= $3 ORDER BY r.expires_at LIMIT $4 FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 4,
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, INT4OID}
 };
@@ -256,15 +264,16 @@ hold_not_found(text *account, int64 reservation_id)
 					text_to_cstring(account), reservation_id)));
 }
 
-/* Locks the account, and reads a hold and its pool. Raises LC003. */
+/* Locks and reads a hold whose account is not locked, but a stripe of it. */
 void
 hold_lock(Pool *pool, int64 reservation_id, Hold *hold)
 {
-	if (!account_lock(pool->account, ACCOUNT_LOCK, &pool->may_be_frozen) ||
-		!hold_find(pool->account, reservation_id, hold))
-		hold_not_found(pool->account, reservation_id);
-	pool->credit = hold->credit;
-	pool_read(pool);
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add(&parameters, Int64GetDatum(reservation_id));
+	statement_execute(&lock_statement, &parameters);
+	hold_find(pool->account, reservation_id, hold);
 }
 
 bool
@@ -333,7 +342,7 @@ hold_find_lapsed(const Pool *pool, int limit, Hold **holds)
 	parameter_add_pointer(&parameters, pool->credit);
 	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
 	parameter_add(&parameters, Int32GetDatum(limit));
-	n = (int) statement_execute(&find_lapsed_statement, &parameters);
+	n = (int) statement_execute(pool->striped ? &lock_lapsed_statement : &find_lapsed_statement, &parameters);
 
 	*holds = palloc(sizeof(Hold) * n);
 	for (int i = 0; i < n; i++)

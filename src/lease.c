@@ -26,6 +26,7 @@
 #include "demand.h"
 #include "ledger.h"
 #include "reclaim.h"
+#include "restripe.h"
 #include "statement.h"
 #include "upstream.h"
 #include "worker_state.h"
@@ -109,7 +110,7 @@ lock_leases(Pool *pool, AccountLock how, text *lease_id)
 	Datum	   *id;
 	int			n;
 
-	if (!account_lock(pool->account, how, &pool->may_be_frozen))
+	if (!pool_lock_account(pool, how))
 		return;
 	pool->now = clock_now();
 	parameter_add_pointer(&parameters, pool->account);
@@ -214,6 +215,7 @@ lease_install(PG_FUNCTION_ARGS)
 			parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
 			statement_execute(&usage_statement, &parameters);
 		}
+		restripe_spread(&pool, tranche);
 	}
 	SPI_finish();
 	PG_RETURN_BOOL(!taken);
@@ -274,6 +276,8 @@ lease_extend(PG_FUNCTION_ARGS)
 		extended = true;
 	}
 	ledger_save(&pool);
+	if (extended && pool.striped)
+		restripe_spread(&pool, lease);
 	SPI_finish();
 	PG_RETURN_BOOL(extended);
 }
@@ -318,6 +322,7 @@ lease_release(PG_FUNCTION_ARGS)
 	lease_id = argument_optional_text(fcinfo, 2, "lease_id");
 	statement_begin();
 
+	restripe_fold_leases(&pool, lease_id);
 	lock_leases(&pool, ACCOUNT_LOCK, lease_id);
 	for (int i = 0; i < pool.ntranches; i++)
 	{

@@ -93,7 +93,7 @@ static Statement extend_statement = {
 	" SELECT t.account, t.credit, 'extend', t.lease_id, t.server, p.company_id, p.credit_type_id,"
 	"  CASE WHEN t.remaining <= t.refill_below THEN p.lease_size ELSE greatest(p.lease_size - t.remaining, 0) END,"
 	"  " ASKED_EXPIRY ", $1, $1"
-	" FROM credit_lease.tranche t, credit_lease.lease_policy(t.account, t.credit) p"
+	" FROM credit_lease.whole_tranche t, credit_lease.lease_policy(t.account, t.credit) p"
 	" WHERE t.kind = 'upstream' AND t.released_at IS NULL AND t.expires_at > $1"
 	"  AND (t.remaining <= t.refill_below OR t.refresh_at <= $1)"	/* before its policy is looked up */
 	"  AND p.server = t.server AND (t.remaining <= t.refill_below OR (EXISTS ("
@@ -131,7 +131,7 @@ static Statement release_statement = {
 static Statement pool_statement = {
 	.sql = "SELECT p.server, s.available, t.lease_id, r.next_try_at, r.refused, r.error"
 	" FROM credit_lease.lease_policy($1, $2) p"
-	" CROSS JOIN (SELECT coalesce(pg_catalog.sum(o.remaining), 0) AS available FROM credit_lease.tranche o"
+	" CROSS JOIN (SELECT coalesce(pg_catalog.sum(o.remaining), 0) AS available FROM credit_lease.whole_tranche o"
 	"  WHERE o.account = $1 AND o.credit = $2 AND o.open AND o.released_at IS NULL"
 	"  AND (o.expires_at IS NULL OR o.expires_at > $3)) s"
 	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.kind = 'upstream'"
@@ -170,7 +170,7 @@ static Statement due_statement = {
 	" AND r.server <> ALL ($6)"
 	" AND NOT EXISTS (SELECT FROM unnest($3, $4, $5) AS f (account, credit, kind)"
 	"  WHERE f.account = r.account AND f.credit = r.credit AND f.kind = r.kind)"
-	" AND (r.kind <> 'release' OR NOT EXISTS (SELECT FROM credit_lease.tranche t"
+	" AND (r.kind <> 'release' OR NOT EXISTS (SELECT FROM credit_lease.whole_tranche t"
 	"  JOIN credit_lease.lease_usage u ON u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id"
 	"  WHERE t.account = r.account AND t.credit = r.credit AND t.kind = 'upstream' AND t.lease_id = r.lease_id"
 	"  AND (t.reserved > 0 OR t.chunked > 0 OR t.consumed <> u.consumed OR EXISTS (SELECT FROM credit_lease.usage_report q"
@@ -252,10 +252,10 @@ static Statement extend_lease_statement = {
 /* From now on the worker looks after the lease. Its policy may have gone meanwhile. */
 static Statement look_after_statement = {
 	.sql = "UPDATE credit_lease.tranche t"
-	" SET refill_below = CASE WHEN $5 THEN t.remaining * p.low_water_mark ELSE t.refill_below END,"
+	" SET refill_below = CASE WHEN $5 THEN w.remaining * p.low_water_mark ELSE t.refill_below END,"
 	" refresh_at = t.expires_at - (t.expires_at - $4) / 4"
-	" FROM credit_lease.lease_policy($1, $2) p"
-	" WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3"
+	" FROM credit_lease.lease_policy($1, $2) p, credit_lease.whole_tranche w"
+	" WHERE w.account = t.account AND w.credit = t.credit AND w.tranche_id = t.tranche_id AND t.account = $1 AND t.credit = $2 AND t.kind = 'upstream' AND t.lease_id = $3"
 	" RETURNING p.server IS DISTINCT FROM t.server",
 	.nargs = 5,
 	.argtypes = {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, BOOLOID}
@@ -358,14 +358,16 @@ release_unwanted(TimestampTz now)
 	{
 		Datum		lease[3];
 		bool		isnull;
-		bool		frozen;
+		AccountMarks marks;
 		ErrorData  *error;
 
 		for (int k = 0; k < 3; k++)
 			lease[k] = SPI_getbinval(rows->vals[i], rows->tupdesc, k + 1, &isnull);
-		if (!account_lock(DatumGetTextPP(lease[0]), ACCOUNT_LOCK_IF_FREE, &frozen))
+		if (!account_lock(DatumGetTextPP(lease[0]), ACCOUNT_LOCK_IF_FREE, &marks))
 			all = false;
-		else if ((error = guard(release, lease)))
+		else if ((error = guard(release, lease)) && error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE)
+			all = false;
+		else if (error)
 			ereport(WARNING,
 					(errmsg("lease \"%s\" was not released: %s",
 							TextDatumGetCString(lease[2]), error->message)));
@@ -784,13 +786,13 @@ leasing_take(Exchange *exchange)
 	char	   *error = exchange->error;
 	bool		refused = exchange->result == EXCHANGE_REFUSED;
 	ErrorData  *failure;
-	bool		frozen;
+	AccountMarks marks;
 
 	parameter_add_pointer(&parameters, account);
 	if (exchange->result == EXCHANGE_DONE && !releases)
 	{
 		/* an account that is not there is made by lease_install() */
-		if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &frozen) &&
+		if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &marks) &&
 			statement_execute(&account_statement, &parameters) > 0)
 			return false;
 		failure = guard(take_terms, exchange);

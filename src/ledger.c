@@ -21,8 +21,10 @@
 #include "amount.h"
 #include "demand.h"
 #include "errors.h"
+#include "gather.h"
 #include "ledger.h"
 #include "statement.h"
+#include "stripe.h"
 #include "worker_state.h"
 
 /* A number is drawn in the statement that needs it, and in no other. */
@@ -47,10 +49,10 @@ APPEND("pg_catalog.nextval('credit_lease.tranche_id_seq')", "$9");
 static Statement append_new_reservation_statement =
 APPEND("$8", "pg_catalog.nextval('credit_lease.reservation_id_seq')");
 
-#define STATE_TYPES \
-	BOOLOID, TIMESTAMPTZOID, \
+#define STRIPE_TYPES \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, \
 	NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID
+#define STATE_TYPES BOOLOID, TIMESTAMPTZOID, STRIPE_TYPES
 
 static Statement change_statement = {
 	.sql = "UPDATE credit_lease.tranche t SET open = $3, hold_expires_at = $4,"
@@ -70,6 +72,23 @@ static Statement create_statement = {
 	.nargs = 19,
 	.argtypes = {TEXTOID, TEXTOID, INT8OID, STATE_TYPES,
 	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+static Statement change_stripe_statement = {
+	.sql = "UPDATE credit_lease.tranche_stripe p SET"
+	" granted = $3, chunked = $4, reserved = $5, remaining = $6,"
+	" consumed = $7, expired = $8, returned = $9, revoked = $10"
+	" WHERE p.account = $1 AND p.ctid = $2 RETURNING p.ctid",
+	.nargs = 10,
+	.argtypes = {TEXTOID, TIDOID, STRIPE_TYPES}
+};
+
+static Statement create_stripe_statement = {
+	.sql = "INSERT INTO credit_lease.tranche_stripe AS p (account, credit, tranche_id, stripe, priority, expires_at,"
+	" granted, chunked, reserved, remaining, consumed, expired, returned, revoked)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) RETURNING p.ctid",
+	.nargs = 14,
+	.argtypes = {TEXTOID, TEXTOID, INT8OID, INT4OID, INT4OID, TIMESTAMPTZOID, STRIPE_TYPES}
 };
 
 /* What only a lease changes is no part of the statement that every spend runs. */
@@ -169,14 +188,20 @@ add_instant(Parameters *parameters, TimestampTz instant)
 		parameter_add(parameters, TimestampTzGetDatum(instant));
 }
 
+static void
+add_balance(Parameters *parameters, const Tranche *tranche)
+{
+	for (int b = 0; b < BUCKETS; b++)
+		parameter_add_pointer(parameters, tranche->balance[b]);
+}
+
 /* Adds the columns of a tranche that calls change. */
 static void
 add_state(Parameters *parameters, const Tranche *tranche)
 {
 	parameter_add(parameters, BoolGetDatum(tranche_is_open(tranche)));
 	add_instant(parameters, tranche->hold_expires_at);
-	for (int b = 0; b < BUCKETS; b++)
-		parameter_add_pointer(parameters, tranche->balance[b]);
+	add_balance(parameters, tranche);
 }
 
 /*
@@ -272,11 +297,38 @@ change_tranche(const Pool *pool, Tranche *tranche)
 	parameter_add_pointer(&parameters, &tranche->tid);
 	add_state(&parameters, tranche);
 	write_tranche(pool, tranche, &change_statement, &parameters);
+}
 
-	/* once, when it falls below: the worker looks by itself as well */
-	if (tranche->refill_below &&
-		amount_compare(tranche->balance[REMAINING], tranche->refill_below) <= 0 &&
-		amount_compare(tranche->stored[REMAINING], tranche->refill_below) > 0)
+/* Writes the row that a tranche has in the call's own stripe. */
+static void
+save_stripe(const Pool *pool, Tranche *tranche)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	if (tranche->has_row)
+		parameter_add_pointer(&parameters, &tranche->tid);
+	else
+	{
+		parameter_add_pointer(&parameters, pool->credit);
+		parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
+		parameter_add(&parameters, Int32GetDatum(pool->stripe));
+		parameter_add(&parameters, Int32GetDatum(tranche->priority));
+		add_instant(&parameters, tranche->expires_at);
+	}
+	add_balance(&parameters, tranche);
+	write_tranche(pool, tranche, tranche->has_row ? &change_stripe_statement : &create_stripe_statement, &parameters);
+	tranche->has_row = true;
+}
+
+/* Has more asked for once a lease falls below what it should have; the worker looks by itself as well. */
+static void
+ask_for_more(const Pool *pool, const Tranche *tranche)
+{
+	Numeric		below = tranche->refill_below;
+
+	if (below && (!pool->striped || pool->looked) && amount_compare(amount_add(tranche->balance[REMAINING], tranche->elsewhere), below) <= 0 &&
+		amount_compare(amount_add(tranche->stored[REMAINING], tranche->elsewhere), below) > 0)
 		demand_at_commit(WAKE_FOR_LEASES);
 }
 
@@ -296,7 +348,8 @@ change_lease(const Pool *pool, Tranche *tranche)
 
 /*
  * ledger_save
- *		Writes the tranches that have changed since they were read or saved.
+ *		Writes the tranches that have changed since they were read or saved,
+ *		or their rows in the call's stripe, and what was gathered from others.
  *		What was moved must have been appended to the ledger.
  */
 void
@@ -308,18 +361,26 @@ ledger_save(Pool *pool)
 
 		Assert(!is_changed(tranche, tranche->logged));
 		if (is_changed(tranche, tranche->stored) ||
-			tranche->hold_expires_at != tranche->stored_hold_expires_at)
+			(!tranche->in_stripe && tranche->hold_expires_at != tranche->stored_hold_expires_at))
 		{
-			if (tranche->is_new)
+			if (tranche->in_stripe)
+				save_stripe(pool, tranche);
+			else if (tranche->is_new)
 				create_tranche(pool, tranche);
 			else
 				change_tranche(pool, tranche);
+			ask_for_more(pool, tranche);
 			memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
 			tranche->stored_hold_expires_at = tranche->hold_expires_at;
 		}
 		if (tranche->expires_at != tranche->stored_expires_at ||
 			tranche->released_at != tranche->stored_released_at)
 			change_lease(pool, tranche);
+	}
+	if (pool->stripe != 0)
+	{
+		stripe_remember(pool, pool->donors != NIL);
+		gather_save(pool);
 	}
 }
 

@@ -12,11 +12,13 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "account.h"
 #include "argument.h"
 #include "clock.h"
 #include "errors.h"
 #include "ledger.h"
 #include "reclaim.h"
+#include "restripe.h"
 #include "statement.h"
 
 static const EntryKind kind_topup = {.name = "topup", .bucket = GRANTED};
@@ -109,9 +111,11 @@ lease_topup(PG_FUNCTION_ARGS)
 			ereport(ERROR,
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("expires_at must be in the future")));
-		reclaim_lock(&pool, ACCOUNT_LOCK_OR_CREATE);
+		reclaim_lock_account(&pool);
 		tranche = pool_add(&pool, amount, priority, expires_at);
 		first.entry_id = ledger_post(&pool, &request, &reservation_id);
+		if (first.entry_id != 0)
+			restripe_spread(&pool, tranche);
 		first.tranche_id = tranche->tranche_id;
 		first.amount = amount;
 		first.available = pool.available;
@@ -138,6 +142,7 @@ lease_adjust(PG_FUNCTION_ARGS)
 {
 	Request		request = {0};
 	Pool		pool = {0};
+	Tranche    *granted = NULL;
 	Numeric		amount;
 	int64		reservation_id = NO_RESERVATION;
 	FirstCall	first = {0};
@@ -157,15 +162,16 @@ lease_adjust(PG_FUNCTION_ARGS)
 	request_add_text(&request, "reason", request.reason);
 	request_end_arguments(&request);
 
-	reclaim_lock(&pool, amount_sign(amount) > 0 ? ACCOUNT_LOCK_OR_CREATE : ACCOUNT_LOCK);
 	if (amount_sign(amount) > 0)
 	{
 		request.kind = &kind_adjust_up;
-		pool_add(&pool, amount, DEFAULT_PRIORITY, DT_NOEND);
+		reclaim_lock_account(&pool);
+		granted = pool_add(&pool, amount, DEFAULT_PRIORITY, DT_NOEND);
 	}
 	else
 	{
 		request.kind = &kind_adjust_down;
+		reclaim_lock(&pool, amount_negate(amount));
 		refused = !reclaim_cover(&pool, amount_negate(amount));
 		if (!refused)
 			pool_take(&pool, amount_negate(amount), REVOKED);
@@ -175,6 +181,8 @@ lease_adjust(PG_FUNCTION_ARGS)
 		first.entry_id = ledger_post(&pool, &request, &reservation_id);
 		first.amount = amount;
 		first.available = pool.available;
+		if (granted && first.entry_id != 0)
+			restripe_spread(&pool, granted);
 	}
 	if (first.entry_id == 0)
 	{
@@ -335,6 +343,7 @@ lease_refund(PG_FUNCTION_ARGS)
 {
 	Request		request = {.kind = &kind_refund};
 	Pool		pool = {0};
+	AccountMarks marks;
 	ConsumedEntry *entries;
 	int			n;
 	int64		entry_id;
@@ -357,8 +366,13 @@ lease_refund(PG_FUNCTION_ARGS)
 	request_add_text(&request, "reason", request.reason);
 	request_end_arguments(&request);
 
-	if (!account_lock(pool.account, ACCOUNT_LOCK, &pool.may_be_frozen))
-		no_such_entry(pool.account, entry_id);
+	if (!account_lock_unless_striped(pool.account, &marks))
+	{
+		/* the account's lock as well, so that nobody else refunds the same, and what is closed stays it */
+		find_consumed(pool.account, entry_id, &entries, &pool.credit);
+		pool_lock(&pool);
+		account_lock(pool.account, ACCOUNT_LOCK, &marks);
+	}
 	n = find_consumed(pool.account, entry_id, &entries, &pool.credit);
 	if (entries[0].of_chunk)
 		refuse_of_chunk(entry_id);
@@ -381,6 +395,11 @@ lease_refund(PG_FUNCTION_ARGS)
 			tranche->refund_of = entries[i].entry_id;
 		}
 		first.entry_id = ledger_post(&pool, &request, &reservation_id);
+		for (int i = 0; i < pool.ntranches && pool.striped && first.entry_id != 0; i++)
+		{
+			if (!pool.tranche[i]->in_stripe)
+				restripe_spread(&pool, pool.tranche[i]);
+		}
 		first.amount = amount;
 		first.available = pool.available;
 		replayed = first.entry_id == 0 && request_find_first(&request, true, &first);

@@ -4,8 +4,9 @@
  *		guard of the policies.
  *
  * What every call needs to know of the policies is only whether any has a
- * server: a session remembers that until a policy changes, which the guard
- * tells all sessions, when it is committed, as an invalidation of the table.
+ * server, or stripes: a session remembers that until a policy changes, which
+ * the guard tells all sessions, when it is committed, as an invalidation of the
+ * table.
  */
 #include "postgres.h"
 
@@ -26,7 +27,8 @@
 #include "worker_state.h"
 
 static Statement any_statement = {
-	.sql = "SELECT EXISTS (SELECT FROM credit_lease.policy p WHERE p.server IS NOT NULL)"
+	.sql = "SELECT EXISTS (SELECT FROM credit_lease.policy p WHERE p.server IS NOT NULL),"
+	" EXISTS (SELECT FROM credit_lease.policy p WHERE p.stripes > 1)"
 };
 
 /*
@@ -35,10 +37,10 @@ static Statement any_statement = {
  */
 static Statement policy_statement = {
 	.sql = "SELECT r.* FROM (SELECT 1, p.account, p.credit, p.server, p.company_id, p.credit_type_id, p.event,"
-	"  p.lease_size, p.lease_duration, p.low_water_mark, p.safety_margin, p.hold_ttl, p.failure_mode, p.smallest_unit"
+	"  p.lease_size, p.lease_duration, p.low_water_mark, p.safety_margin, p.hold_ttl, p.failure_mode, p.smallest_unit, p.stripes"
 	"  FROM credit_lease.policy p WHERE (p.account = $1 OR p.account IS NULL) AND (p.credit = $2 OR p.credit IS NULL)"
 	" UNION ALL SELECT 2, NULL, NULL, NULL, $1, $2, $2,"
-	"  10000, '5 minutes', 0.25, '0', '60 seconds', 'closed', 1e-12) AS r (n, account, credit)"
+	"  10000, '5 minutes', 0.25, '0', '60 seconds', 'closed', 1e-12, 1) AS r (n, account, credit)"
 	" ORDER BY r.n, r.account, r.credit",
 	.nargs = 2,
 	.argtypes = {TEXTOID, TEXTOID},
@@ -46,7 +48,7 @@ static Statement policy_statement = {
 };
 
 /* ... the number of its columns, and of those that are no settings */
-#define COLUMNS		14
+#define COLUMNS		15
 #define NO_SETTINGS	3
 
 /*
@@ -79,6 +81,7 @@ lease_policy(PG_FUNCTION_ARGS)
 /* What this session remembers, and how often it was told of changes */
 static bool known = false;
 static bool has_server;
+static bool has_stripes;
 static uint64 changes = 0;
 static Oid	policy_table = InvalidOid;
 
@@ -92,9 +95,8 @@ forget(Datum arg, Oid relation)
 	}
 }
 
-/* Returns whether any policy has a server; what is remembered costs nothing. */
-bool
-policy_has_server(void)
+static void
+know(void)
 {
 	static bool registered = false;
 	Parameters	parameters = {0};
@@ -102,8 +104,7 @@ policy_has_server(void)
 	uint64		changes_before;
 
 	if (known)
-		return has_server;
-
+		return;
 	if (!registered)
 		CacheRegisterRelcacheCallback(forget, (Datum) 0);
 	registered = true;
@@ -111,8 +112,24 @@ policy_has_server(void)
 	changes_before = changes;
 	statement_execute(&any_statement, &parameters);
 	has_server = DatumGetBool(statement_value(0, 1, &isnull));
+	has_stripes = DatumGetBool(statement_value(0, 2, &isnull));
 	known = changes == changes_before;
+}
+
+/* Returns whether any policy has a server; what is remembered costs nothing. */
+bool
+policy_has_server(void)
+{
+	know();
 	return has_server;
+}
+
+/* Returns whether any policy has several stripes. */
+bool
+policy_has_stripes(void)
+{
+	know();
+	return has_stripes;
 }
 
 /*

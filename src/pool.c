@@ -2,11 +2,20 @@
  * pool.c
  *		The tranches of one pool: reading, checking and moving amounts.
  *
- * pool_lock() locks the account (account.c) and copies the open tranches of a
- * pool; pool_move() and its friends change the copies; ledger.c writes what
- * changed. Under the account's lock the copies are what is committed, and stay
- * it. Above READ COMMITTED the transaction's snapshot may be older than the
- * lock: that a tranche has changed since, or come in, is 40001 (rule 1).
+ * pool_lock() locks the account (account.c), or a stripe of it (stripe.c), and
+ * copies the open tranches of a pool; pool_move() and its friends change the
+ * copies; ledger.c writes what changed. Under the lock the copies are what is
+ * committed, and stay it. Above READ COMMITTED the transaction's snapshot may
+ * be older than the lock: that a tranche has changed since, or come in, is
+ * 40001 (rule 1).
+ *
+ * In a striped pool a copy is of the tranche's row in the locked stripe;
+ * gather.c brings what remains elsewhere here. Whatever is done is done here,
+ * also what began in another stripe: what was held there is settled here, so
+ * that a term of one stripe can be negative, which the sum over all stripes
+ * cannot. To look what remains elsewhere costs as much as all else that is
+ * read. Where the call's own stripe has enough, that serves only to say what
+ * the pool has available, and what the session saw a moment ago does.
  *
  * Every row is proved when it is read and every move when it is made: a
  * negative or unbalanced amount is LC009 (rule 3).
@@ -16,6 +25,8 @@
 #include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
+#include "common/hashfn.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
@@ -25,6 +36,7 @@
 #include "errors.h"
 #include "pool.h"
 #include "statement.h"
+#include "stripe.h"
 
 /*
  * The row comes whole, as one column: the executor sets a statement up anew at
@@ -40,12 +52,51 @@ static Statement open_statement = {
 	.argtypes = {TEXTOID, TEXTOID}
 };
 
+/* ... with its row in one of the stripes */
+#define STRIPED_TRANCHES \
+	"SELECT t.ctid, t, p.ctid, p" \
+	" FROM credit_lease.tranche t LEFT JOIN credit_lease.tranche_stripe p" \
+	"  ON p.account = $1 AND p.credit = $2 AND p.tranche_id = t.tranche_id AND p.stripe = $3" \
+	" WHERE t.account = $1 AND t.credit = $2 AND t.open"
+
+static Statement striped_statement = {
+	.sql = STRIPED_TRANCHES,
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, INT4OID}
+};
+
+static Statement striped_with_closed_statement = {
+	.sql = STRIPED_TRANCHES " UNION ALL "
+	"SELECT t.ctid, t, NULL, NULL"
+	" FROM credit_lease.tranche t"
+	" WHERE t.account = $1 AND t.credit = $2 AND t.tranche_id = ANY ($4) AND NOT t.open",
+	.nargs = 4,
+	.argtypes = {TEXTOID, TEXTOID, INT4OID, INT8ARRAYOID}
+};
+
 static Statement with_closed_statement = {
 	.sql = OPEN_TRANCHES " UNION ALL "
 	"SELECT t.ctid, t FROM credit_lease.tranche t"
 	" WHERE t.account = $1 AND t.credit = $2 AND t.tranche_id = ANY ($3) AND NOT t.open",
 	.nargs = 3,
 	.argtypes = {TEXTOID, TEXTOID, INT8ARRAYOID}
+};
+
+/* ... or that alone */
+static Statement own_statement = {
+	.sql = "SELECT p.ctid, p FROM credit_lease.tranche_stripe p"
+	" WHERE p.account = $1 AND p.credit = $2 AND p.stripe = $3",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, INT4OID}
+};
+
+static Statement elsewhere_statement = {
+	.sql = "SELECT e.tranche_id, pg_catalog.sum(e.remaining), pg_catalog.min(e.remaining) FROM (SELECT p.tranche_id, p.remaining"
+	"  FROM credit_lease.tranche_stripe p WHERE p.account = $1 AND p.credit = $2 AND p.stripe <> $3"
+	" UNION ALL SELECT t.tranche_id, t.remaining FROM credit_lease.tranche t"
+	"  WHERE t.account = $1 AND t.credit = $2 AND t.open AND $3 <> 0) e GROUP BY e.tranche_id ORDER BY e.tranche_id",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, INT4OID}
 };
 
 /* The columns of credit_lease.tranche, as its script orders them. */
@@ -67,7 +118,32 @@ enum
 	COLUMN_HOLD_EXPIRES_AT,
 	COLUMN_OPEN,
 	COLUMN_BALANCE,
-	COLUMNS = COLUMN_BALANCE + BUCKETS
+	COLUMN_STRIPED = COLUMN_BALANCE + BUCKETS,
+	COLUMNS
+};
+
+/* ... and of credit_lease.tranche_stripe */
+enum
+{
+	STRIPE_COLUMN_TRANCHE_ID = 3,
+	STRIPE_COLUMN_PRIORITY,
+	STRIPE_COLUMN_EXPIRES_AT,
+	STRIPE_COLUMN_BALANCE,
+	STRIPE_COLUMNS = STRIPE_COLUMN_BALANCE + BUCKETS
+};
+
+static Statement whole_statement = {
+	.sql = "SELECT w.chunked, w.reserved, w.consumed FROM credit_lease.whole_tranche w"
+	" WHERE w.account = $1 AND w.credit = $2 AND w.tranche_id = $3",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, INT8OID}
+};
+
+static Statement held_statement = {
+	.sql = "SELECT coalesce(pg_catalog.sum(w.reserved), 0) FROM credit_lease.whole_tranche w"
+	" WHERE w.account = $1 AND w.credit = $2 AND w.open",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
 };
 
 static Statement frozen_statement = {
@@ -110,7 +186,7 @@ books_do_not_balance(const Pool *pool, const Tranche *tranche)
 			(errcode(ERRCODE_LEASE_BOOKS),
 			 errmsg("the books of tranche " INT64_FORMAT " of account \"%s\" do not balance",
 					tranche->tranche_id, text_to_cstring(pool->account)),
-			 errdetail("Granted: %s, remaining: %s, reserved: %s, chunked: %s, consumed: %s, expired: %s, returned: %s, revoked: %s.",
+			 errdetail("Granted: %s, remaining: %s, reserved: %s, chunked: %s, consumed: %s, expired: %s, returned: %s, revoked: %s%s.",
 					   amount_out(tranche->balance[GRANTED]),
 					   amount_out(tranche->balance[REMAINING]),
 					   amount_out(tranche->balance[RESERVED]),
@@ -118,7 +194,9 @@ books_do_not_balance(const Pool *pool, const Tranche *tranche)
 					   amount_out(tranche->balance[CONSUMED]),
 					   amount_out(tranche->balance[EXPIRED]),
 					   amount_out(tranche->balance[RETURNED]),
-					   amount_out(tranche->balance[REVOKED])),
+					   amount_out(tranche->balance[REVOKED]),
+					   tranche->in_stripe ? psprintf("; in stripe %d", pool->stripe) :
+					   amount_sign(tranche->striped) ? psprintf("; in stripes: %s", amount_out(tranche->striped)) : ""),
 			 errhint("See credit_lease.lease_verify(); nothing was changed.")));
 }
 
@@ -128,11 +206,14 @@ is_released(const Tranche *tranche)
 	return !TIMESTAMP_IS_NOEND(tranche->released_at);
 }
 
-/* Raises LC009 unless the tranche's amounts are what rules 2 and 3 allow. */
+/*
+ * Raises LC009 unless the tranche's amounts are what rules 2 and 3 allow: of
+ * one stripe, the equation, and that what remains is not negative.
+ */
 static void
 check_tranche(const Pool *pool, const Tranche *tranche)
 {
-	Numeric		sum = amount_zero();
+	Numeric		sum = tranche->in_stripe ? amount_zero() : tranche->striped;
 
 	for (int i = GRANTED + 1; i < BUCKETS; i++)
 	{
@@ -141,7 +222,7 @@ check_tranche(const Pool *pool, const Tranche *tranche)
 	}
 	for (int i = 0; i < BUCKETS; i++)
 	{
-		if (amount_sign(tranche->balance[i]) < 0)
+		if (amount_sign(tranche->balance[i]) < 0 && (!tranche->in_stripe || i == REMAINING))
 			books_do_not_balance(pool, tranche);
 	}
 	if (amount_compare(sum, tranche->balance[GRANTED]) != 0 ||
@@ -163,27 +244,57 @@ read_text(const Datum *value, const bool *null, int column)
 	return null[column] ? NULL : DatumGetTextPP(value[column]);
 }
 
+/* Takes a row apart that is a column of the last result. */
+static Datum *
+deform(Datum column, int least, bool **null)
+{
+	HeapTupleHeader header = DatumGetHeapTupleHeader(column);
+	HeapTupleData row = {.t_len = HeapTupleHeaderGetDatumLength(header), .t_data = header};
+	TupleDesc	tupdesc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(header),
+												 HeapTupleHeaderGetTypMod(header));
+	Datum	   *value = palloc(sizeof(Datum) * tupdesc->natts);
+
+	Assert(tupdesc->natts >= least);
+	(void) least;
+	*null = palloc(sizeof(bool) * tupdesc->natts);
+	heap_deform_tuple(&row, tupdesc, value, *null);
+	ReleaseTupleDesc(tupdesc);
+	return value;
+}
+
+/* Puts the row that a tranche has in the locked stripe, or an empty one, in place of its own. */
+static void
+read_stripe(Tranche *tranche, uint64 row)
+{
+	bool		isnull;
+	Datum		column = statement_value(row, 4, &isnull);
+	bool	   *null;
+	Datum	   *value;
+
+	tranche->in_stripe = true;
+	tranche->has_row = !isnull;
+	if (isnull)
+	{
+		for (int i = 0; i < BUCKETS; i++)
+			tranche->balance[i] = amount_zero();
+		return;
+	}
+	value = deform(column, STRIPE_COLUMNS, &null);
+	for (int i = 0; i < BUCKETS; i++)
+		tranche->balance[i] = DatumGetNumeric(value[STRIPE_COLUMN_BALANCE + i]);
+	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 3, &isnull));
+}
+
 static Tranche *
 read_tranche(const Pool *pool, uint64 row)
 {
 	Tranche    *tranche = palloc0(sizeof(Tranche));
-	HeapTupleData row_tuple;
-	TupleDesc	tupdesc;
 	Datum	   *value;
 	bool	   *null;
 	bool		isnull;
 
 	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
-	row_tuple.t_data = DatumGetHeapTupleHeader(statement_value(row, 2, &isnull));
-	row_tuple.t_len = HeapTupleHeaderGetDatumLength(row_tuple.t_data);
-	tupdesc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(row_tuple.t_data),
-									 HeapTupleHeaderGetTypMod(row_tuple.t_data));
-	Assert(tupdesc->natts >= COLUMNS);
-	value = palloc(sizeof(Datum) * tupdesc->natts);
-	null = palloc(sizeof(bool) * tupdesc->natts);
-	heap_deform_tuple(&row_tuple, tupdesc, value, null);
-	ReleaseTupleDesc(tupdesc);
-
+	value = deform(statement_value(row, 2, &isnull), COLUMNS, &null);
 	tranche->tranche_id = DatumGetInt64(value[COLUMN_TRANCHE_ID]);
 	tranche->priority = DatumGetInt32(value[COLUMN_PRIORITY]);
 	tranche->expires_at = tranche->stored_expires_at =
@@ -199,6 +310,15 @@ read_tranche(const Pool *pool, uint64 row)
 		read_instant(value, null, COLUMN_HOLD_EXPIRES_AT);
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = DatumGetNumeric(value[COLUMN_BALANCE + i]);
+	tranche->striped = DatumGetNumeric(value[COLUMN_STRIPED]);
+	tranche->elsewhere = amount_zero();
+	if (pool->striped)
+	{
+		check_tranche(pool, tranche);
+		/* closed, it has no stripes */
+		if (pool->stripe != 0 && DatumGetBool(value[COLUMN_OPEN]))
+			read_stripe(tranche, row);
+	}
 	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
 	memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
 	check_tranche(pool, tranche);
@@ -219,6 +339,14 @@ compare_burn_order(const void *a, const void *b)
 	return x->tranche_id < y->tranche_id ? -1 : 1;
 }
 
+pg_noreturn static void
+could_not_serialize(void)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+			 errmsg("could not serialize access due to concurrent update")));
+}
+
 /*
  * Raises 40001 unless the tranches that were read are what is committed: a
  * snapshot that was taken before the account was locked may be out of date.
@@ -234,20 +362,111 @@ require_current(const Pool *pool, Statement *statement, Parameters *parameters)
 		ItemPointer tid = (ItemPointer) DatumGetPointer(statement_value(i, 1, &isnull));
 		int			n = 0;
 
+		if (pool->stripe != 0)
+		{
+			Datum		column = statement_value(i, 3, &isnull);
+
+			if (!isnull)
+				tid = (ItemPointer) DatumGetPointer(column);
+		}
 		while (n < pool->ntranches && !ItemPointerEquals(tid, &pool->tranche[n]->tid))
 			n++;
 		current = n < pool->ntranches;
 	}
 	if (!current)
-		ereport(ERROR,
-				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-				 errmsg("could not serialize access due to concurrent update")));
+		could_not_serialize();
+}
+
+pg_noreturn static void
+stripes_do_not_balance(const Pool *pool, int64 tranche_id)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LEASE_BOOKS),
+			 errmsg("the books of tranche " INT64_FORMAT " of account \"%s\" do not balance in its stripes",
+					tranche_id, text_to_cstring(pool->account)),
+			 errhint("See credit_lease.lease_verify(); nothing was changed.")));
+}
+
+/* Raises 40001 unless what remains elsewhere is what is committed, see require_current(). */
+static void
+require_current_elsewhere(Parameters *parameters, uint64 n)
+{
+	SPITupleTable *then = SPI_tuptable;
+	bool		current = statement_execute_now(&elsewhere_statement, parameters) == n;
+
+	for (uint64 row = 0; current && row < n; row++)
+	{
+		bool		isnull;
+		Datum		tranche_id = SPI_getbinval(then->vals[row], then->tupdesc, 1, &isnull);
+		Datum		remaining = SPI_getbinval(then->vals[row], then->tupdesc, 2, &isnull);
+
+		current = DatumGetInt64(tranche_id) == DatumGetInt64(statement_value(row, 1, &isnull)) &&
+			amount_compare(DatumGetNumeric(remaining), DatumGetNumeric(statement_value(row, 2, &isnull))) == 0;
+	}
+	if (!current)
+		could_not_serialize();
+}
+
+/*
+ * pool_look
+ *		Looks how much of each tranche remains in other stripes, as of now.
+ */
+void
+pool_look(Pool *pool)
+{
+	Parameters	parameters = {0};
+	uint64		n;
+	Numeric		elsewhere = amount_zero();
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	parameter_add(&parameters, Int32GetDatum(pool->stripe));
+	n = statement_execute(&elsewhere_statement, &parameters);
+	if (IsolationUsesXactSnapshot())
+		require_current_elsewhere(&parameters, n);
+	for (uint64 row = 0; row < n; row++)
+	{
+		bool		isnull;
+		int64		tranche_id = DatumGetInt64(statement_value(row, 1, &isnull));
+		Numeric		remaining = DatumGetNumeric(statement_value(row, 2, &isnull));
+
+		if (numeric_is_nan(remaining) || numeric_is_inf(remaining) ||
+			amount_sign(DatumGetNumeric(statement_value(row, 3, &isnull))) < 0)
+			stripes_do_not_balance(pool, tranche_id);
+		for (int i = 0; i < pool->ntranches; i++)
+		{
+			Tranche    *tranche = pool->tranche[i];
+
+			if (tranche->tranche_id != tranche_id)
+				continue;
+			tranche->elsewhere = amount_add(tranche->elsewhere, remaining);
+			if (tranche->alive)
+				elsewhere = amount_add(elsewhere, remaining);
+		}
+	}
+	pool->available = amount_add(pool->available, amount_subtract(elsewhere, pool->elsewhere));
+	pool->elsewhere = elsewhere;
+	pool->looked = true;
+}
+
+/* Notes what the pool consists of, and that nobody has looked further. */
+static void
+begin_to_look(Pool *pool)
+{
+	pool->looked = false;
+	pool->elsewhere = amount_zero();
+	pool->composition = 0;
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		if (pool->tranche[i]->alive)
+			pool->composition = hash_combine(pool->composition, (uint32) pool->tranche[i]->tranche_id);
+	}
 }
 
 /*
  * pool_read
- *		Reads the tranches of a pool whose account is locked. What was moved
- *		and not yet written is forgotten.
+ *		Reads the tranches of a pool whose account, or a stripe of it, is
+ *		locked. What was moved and not yet written is forgotten.
  */
 void
 pool_read(Pool *pool)
@@ -257,6 +476,12 @@ pool_read(Pool *pool)
 
 	parameter_add_pointer(&parameters, pool->account);
 	parameter_add_pointer(&parameters, pool->credit);
+	if (pool->striped)
+	{
+		statement = pool->closed_ids ? &striped_with_closed_statement : &striped_statement;
+		parameter_add(&parameters, Int32GetDatum(pool->stripe));
+	}
+	pool->donors = NIL;
 	if (pool->closed_ids)
 		parameter_add_pointer(&parameters, pool->closed_ids);
 
@@ -275,11 +500,16 @@ pool_read(Pool *pool)
 		Tranche    *tranche = read_tranche(pool, i);
 
 		pool->tranche[i] = tranche;
-		if (tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
+		if (!pool->striped && tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
 			pool->may_have_lapsed = true;
 		pool->held = amount_add(pool->held, tranche->balance[RESERVED]);
 		if (tranche->alive)
 			pool->available = amount_add(pool->available, tranche->balance[REMAINING]);
+	}
+	if (pool->striped)
+	{
+		begin_to_look(pool);
+		pool_look(pool);
 	}
 	if (pool->ntranches > 1)
 		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
@@ -287,22 +517,168 @@ pool_read(Pool *pool)
 		require_current(pool, statement, &parameters);
 }
 
+/* Raises LC009 where stripes are not there, though the account says so again and again. */
+static void
+require_progress(const Pool *pool, int tries)
+{
+	CHECK_FOR_INTERRUPTS();
+	if (tries > 1000)
+		ereport(ERROR,
+				(errcode(ERRCODE_LEASE_BOOKS),
+				 errmsg("stripes of account \"%s\" are missing", text_to_cstring(pool->account)),
+				 errhint("See credit_lease.lease_verify(); nothing was changed.")));
+}
+
+/*
+ * Locks a pool's account, or a stripe of it where the pool is striped; returns
+ * whether it is there. Where another pool of the account is striped, both: who
+ * has the account has a stripe as well, and need not wait for one later.
+ */
+static bool
+lock_one(Pool *pool)
+{
+	AccountMarks marks;
+
+	if (stripe_is_known(pool) && stripe_lock_free(pool))
+		return pool->striped = true;
+	for (int tries = 0; !account_lock_unless_striped(pool->account, &marks); tries++)
+	{
+		require_progress(pool, tries);
+		if (!marks.striped)
+			return false;
+		if (!stripe_lock_any(pool))
+			continue;
+		if (stripe_count(pool) > 0)
+			return pool->striped = true;
+		pool->stripe = 0;
+		account_lock(pool->account, ACCOUNT_LOCK, &marks);
+		break;
+	}
+	pool->may_be_frozen = marks.frozen;
+	return true;
+}
+
+/* Reads a row of tranche_stripe as all there is of a tranche. */
+static Tranche *
+read_own(const Pool *pool, uint64 row)
+{
+	Tranche    *tranche = palloc0(sizeof(Tranche));
+	bool		isnull;
+	bool	   *null;
+	Datum	   *value = deform(statement_value(row, 2, &isnull), STRIPE_COLUMNS, &null);
+
+	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
+	tranche->tranche_id = DatumGetInt64(value[STRIPE_COLUMN_TRANCHE_ID]);
+	tranche->priority = DatumGetInt32(value[STRIPE_COLUMN_PRIORITY]);
+	tranche->expires_at = tranche->stored_expires_at = read_instant(value, null, STRIPE_COLUMN_EXPIRES_AT);
+	tranche->released_at = tranche->stored_released_at = DT_NOEND;
+	tranche->hold_expires_at = tranche->stored_hold_expires_at = DT_NOEND;
+	tranche->alive = tranche->expires_at > pool->now;
+	tranche->in_stripe = tranche->has_row = true;
+	tranche->striped = tranche->elsewhere = amount_zero();
+	for (int i = 0; i < BUCKETS; i++)
+		tranche->balance[i] = DatumGetNumeric(value[STRIPE_COLUMN_BALANCE + i]);
+	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
+	memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
+	check_tranche(pool, tranche);
+	return tranche;
+}
+
+/*
+ * pool_read_own
+ *		Reads no more of a striped pool than the locked stripe, and returns
+ *		whether that is enough to take an amount from: the tranche whose turn it
+ *		is has it there. Every open tranche has a row in every stripe. A lease
+ *		may have been extended, and expire later than its row says: one that
+ *		seems to have expired, or to burn before another by its expiry, takes a
+ *		closer look.
+ */
+bool
+pool_read_own(Pool *pool, Numeric amount)
+{
+	Parameters	parameters = {0};
+
+	if (IsolationUsesXactSnapshot())
+		return false;
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	parameter_add(&parameters, Int32GetDatum(pool->stripe));
+	pool->ntranches = (int) statement_execute(&own_statement, &parameters);
+	if (pool->ntranches == 0)
+		return false;
+	if (pool->now == 0)
+		pool->now = clock_now();
+	pool->tranche = palloc(sizeof(Tranche *) * pool->ntranches);
+	pool->donors = NIL;
+	pool->may_have_lapsed = false;
+	pool->available = pool->held = amount_zero();
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		Tranche    *tranche = read_own(pool, i);
+
+		if (!tranche->alive)
+			return false;
+		pool->tranche[i] = tranche;
+		pool->available = amount_add(pool->available, tranche->balance[REMAINING]);
+	}
+	if (pool->ntranches > 1)
+		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
+	if (amount_compare(pool->tranche[0]->balance[REMAINING], amount) < 0 ||
+		(pool->ntranches > 1 && pool->tranche[1]->priority == pool->tranche[0]->priority &&
+		 !TIMESTAMP_IS_NOEND(pool->tranche[0]->expires_at)))
+		return false;
+	begin_to_look(pool);
+	if (stripe_recall(pool))
+		pool->available = amount_add(pool->available, pool->elsewhere);
+	else
+		pool_look(pool);
+	return true;
+}
+
 /*
  * pool_lock
- *		Locks the account, see account_lock(), and reads the pool. An account
- *		that is not there has an empty pool: what comes in after that look is
- *		not locked, and must not be read.
+ *		Locks what a call changes of a pool that is there already, and reads
+ *		it: the account, or a stripe of it. Returns whether the account is
+ *		there. One that is not has an empty pool: what comes in after that look is not
+ *		locked, and must not be read.
  */
-void
-pool_lock(Pool *pool, AccountLock how)
+bool
+pool_lock(Pool *pool)
 {
-	if (account_lock(pool->account, how, &pool->may_be_frozen))
-		pool_read(pool);
-	else
+	if (lock_one(pool))
 	{
-		pool->now = clock_now();
-		pool->available = pool->held = amount_zero();
+		pool_read(pool);
+		return true;
 	}
+	pool->now = clock_now();
+	pool->available = pool->held = amount_zero();
+	return false;
+}
+
+/*
+ * pool_lock_account
+ *		Locks the account itself, which is enough for what adds to a pool, and
+ *		returns whether that has been done, see account_lock(); but a stripe
+ *		before it, see lock_one(). The pool is still to be read.
+ */
+bool
+pool_lock_account(Pool *pool, AccountLock how)
+{
+	AccountMarks marks;
+
+	for (int tries = 0; !account_lock_unless_striped(pool->account, &marks); tries++)
+	{
+		require_progress(pool, tries);
+		if (marks.striped && !stripe_lock_any(pool))
+			continue;
+		pool->stripe = 0;
+		if (!account_lock(pool->account, how, &marks))
+			return false;
+		break;
+	}
+	pool->may_be_frozen = marks.frozen;
+	pool->striped = marks.striped && stripe_count(pool) > 0;
+	return true;
 }
 
 /* Returns whether something of a tranche is left, held or carved out. */
@@ -311,7 +687,8 @@ tranche_is_open(const Tranche *tranche)
 {
 	return amount_sign(tranche->balance[REMAINING]) != 0 ||
 		amount_sign(tranche->balance[RESERVED]) != 0 ||
-		amount_sign(tranche->balance[CHUNKED]) != 0;
+		amount_sign(tranche->balance[CHUNKED]) != 0 ||
+		amount_sign(tranche->striped) != 0;
 }
 
 /* Returns whether spending and holding are stopped in a locked pool. */
@@ -355,6 +732,7 @@ pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at)
 	tranche->hold_expires_at = tranche->stored_hold_expires_at = DT_NOEND;
 	tranche->alive = true;
 	tranche->is_new = true;
+	tranche->striped = tranche->elsewhere = amount_zero();
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = tranche->logged[i] = tranche->stored[i] = amount_zero();
 	pool->tranche[pool->ntranches++] = tranche;
@@ -371,17 +749,37 @@ pool_grant(Pool *pool, Tranche *tranche, Numeric amount)
 	pool->available = amount_add(pool->available, amount);
 }
 
+/* Returns whether all stripes of a tranche together have an amount of a term. */
+static bool
+has_elsewhere(const Pool *pool, const Tranche *tranche, Bucket bucket, Numeric amount)
+{
+	Parameters	parameters = {0};
+	Numeric		unsaved = amount_subtract(tranche->balance[bucket], tranche->stored[bucket]);
+	bool		isnull;
+	int			column = bucket == CHUNKED ? 1 : bucket == RESERVED ? 2 : 3;
+
+	Assert(bucket == CHUNKED || bucket == RESERVED || bucket == CONSUMED);
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
+	return statement_execute(&whole_statement, &parameters) == 1 &&
+		amount_compare(amount_add(DatumGetNumeric(statement_value(0, column, &isnull)), unsaved), amount) >= 0;
+}
+
 /*
  * pool_move
  *		Moves an amount from one term of a tranche to another. Raises LC009
- *		where it is not there: whoever decides has looked before.
+ *		where it is not there: whoever decides has looked before. But for what
+ *		remains, it may be in another stripe.
  */
 void
 pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount)
 {
 	if (amount_sign(amount) == 0)
 		return;
-	if (amount_sign(amount) < 0 || amount_compare(tranche->balance[from], amount) < 0)
+	if (amount_sign(amount) < 0 ||
+		(amount_compare(tranche->balance[from], amount) < 0 &&
+		 (from == REMAINING || !tranche->in_stripe || !has_elsewhere(pool, tranche, from, amount))))
 		books_do_not_balance(pool, tranche);
 
 	tranche->balance[from] = amount_subtract(tranche->balance[from], amount);
@@ -437,11 +835,26 @@ pool_take(Pool *pool, Numeric amount, Bucket to)
 		elog(ERROR, "took more credit than was available");
 }
 
+/* Returns what is held in all of a pool. */
+static Numeric
+find_held(const Pool *pool)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	if (!pool->striped)
+		return pool->held;
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	statement_execute(&held_statement, &parameters);
+	return DatumGetNumeric(statement_value(0, 1, &isnull));
+}
+
 static int
-detail(const Pool *pool, Numeric requested)
+detail(const Pool *pool, Numeric requested, Numeric all_held)
 {
 	char	   *available = amount_out(pool->available);
-	char	   *held = amount_out(pool->held);
+	char	   *held = amount_out(all_held);
 
 	if (pool->upstream_error)
 		return errdetail("Available: %s, held: %s, requested: %s; upstream: %s.",
@@ -457,7 +870,7 @@ refuse_unsupplied(const Pool *pool, Numeric requested)
 			(errcode(ERRCODE_LEASE_UNREACHABLE),
 			 errmsg("credit \"%s\" of account \"%s\" could not be supplied in time",
 					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
-			 detail(pool, requested),
+			 detail(pool, requested, find_held(pool)),
 			 errhint("Try again later; credit_lease.upstream_status tells how the upstream does.")));
 }
 
@@ -490,12 +903,16 @@ pool_refuse_frozen(const Pool *pool, const char *reason)
 void
 pool_refuse_short(const Pool *pool, Numeric requested)
 {
+	Numeric		held = find_held(pool);
+
 	ereport(ERROR,
 			(errcode(ERRCODE_LEASE_INSUFFICIENT_CREDIT),
 			 errmsg("not enough credit \"%s\" in account \"%s\"",
 					text_to_cstring(pool->credit), text_to_cstring(pool->account)),
-			 detail(pool, requested),
-			 amount_sign(pool->held) > 0 ?
+			 detail(pool, requested, held),
+			 amount_compare(pool->available, requested) >= 0 ?
+			 errhint("Transactions in progress have locked some of it; try again in a new one.") :
+			 amount_sign(held) > 0 ?
 			 errhint("Top up, or wait until holds are settled or expire.") :
 			 errhint("Top up.")));
 }

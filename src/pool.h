@@ -2,6 +2,7 @@
 #define CREDIT_LEASE_POOL_H
 
 #include "datatype/timestamp.h"
+#include "nodes/pg_list.h"
 #include "storage/itemptr.h"
 #include "utils/array.h"
 
@@ -47,11 +48,32 @@ typedef struct Tranche
 	ItemPointerData tid;		/* of the row */
 	bool		alive;			/* by the clock of the call, and not released */
 	bool		is_new;			/* not in the table yet */
+	bool		in_stripe;		/* the row and the amounts are of tranche_stripe */
+	bool		has_row;		/* ... and it is there */
 	int64		refund_of;		/* the entry that a refund gives back, or 0 */
 	Numeric		balance[BUCKETS];	/* as it is to be */
 	Numeric		logged[BUCKETS];	/* as the ledger has it */
 	Numeric		stored[BUCKETS];	/* as the table has it */
+	Numeric		striped;		/* of the whole tranche, what is in stripes */
+	Numeric		elsewhere;		/* what remains in other rows, if the pool has been looked through */
 } Tranche;
+
+/* A row of a striped tranche, of which a call has taken to its own stripe what remained. */
+typedef struct Donor
+{
+	const Tranche *tranche;
+	int			stripe;			/* 0 for the tranche's own row */
+	ItemPointerData tid;
+	Numeric		share;			/* granted to the stripe; of the tranche's own row, striped */
+	Numeric		remaining;
+} Donor;
+
+/* A row of credit_lease.stripe: where it is, and who has made it */
+typedef struct StripeRow
+{
+	ItemPointerData tid;
+	TransactionId xmin;
+} StripeRow;
 
 /* The tranches of one pool, in the order in which they burn. */
 typedef struct Pool
@@ -60,19 +82,32 @@ typedef struct Pool
 	text	   *credit;
 	ArrayType  *closed_ids;		/* closed ones that are read as well, or NULL */
 
-	TimestampTz now;			/* when it was first read, under the account's lock */
+	bool		striped;
+	int			stripe;			/* the one that the call works in, 0 for the account's own rows */
+	StripeRow	stripe_row;		/* that was locked */
+	bool		has_all;		/* all stripes are locked, and the account */
+	bool		looked;			/* what remains elsewhere is known for each tranche */
+	Numeric		elsewhere;		/* ... or for all that are alive, from a moment ago */
+	uint32		composition;	/* changes with what the pool consists of */
+	List	   *donors;			/* not saved yet */
+
+	TimestampTz now;			/* when it was first read, under the lock */
 	bool		may_be_frozen;	/* something of the account is frozen */
 	char	   *upstream_error;	/* why its upstream has not supplied it, or NULL */
 	bool		unreachable;	/* ... that being that it could not be asked in time */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
+	bool		has_lapsed_chunks;	/* of a striped pool: so it was found */
 	Numeric		available;
 	Numeric		held;
 	int			ntranches;
 	Tranche   **tranche;
 } Pool;
 
-extern void pool_lock(Pool *pool, AccountLock how);
+extern bool pool_lock(Pool *pool);
+extern bool pool_lock_account(Pool *pool, AccountLock how);
 extern void pool_read(Pool *pool);
+extern bool pool_read_own(Pool *pool, Numeric amount);
+extern void pool_look(Pool *pool);
 extern bool pool_find_freeze(const Pool *pool, char **reason);
 extern bool pool_is_frozen(const Pool *pool);
 extern bool tranche_is_open(const Tranche *tranche);

@@ -9,7 +9,9 @@
  *
  * lease_reclaim() sweeps every pool. It may run inside somebody's transaction,
  * or against one that locks accounts in any order, so it never waits for one:
- * what is locked is left for the next time.
+ * what is locked is left for the next time. An expired tranche of a striped
+ * pool is written off when all of its stripes are free; the worker waits for
+ * them, in a transaction for each pool.
  */
 #include "postgres.h"
 
@@ -20,14 +22,18 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "account.h"
 #include "chunk.h"
 #include "clock.h"
 #include "errors.h"
+#include "gather.h"
 #include "guard.h"
 #include "hold.h"
 #include "ledger.h"
 #include "reclaim.h"
+#include "restripe.h"
 #include "statement.h"
+#include "stripe.h"
 
 /* A pool that could not be swept is tried again after that. */
 #define SET_ASIDE_SECS	60
@@ -63,7 +69,7 @@ static Statement expired_pools_statement = {
 	"  ORDER BY k.expires_at LIMIT $2) c)"
 	" UNION "
 	"(SELECT t.account, t.credit FROM (SELECT e.account, e.credit"
-	"  FROM credit_lease.tranche e WHERE e.open AND e.expires_at <= $1 AND e.remaining <> 0"
+	"  FROM credit_lease.tranche e WHERE e.open AND e.expires_at <= $1 AND (e.remaining <> 0 OR e.striped <> 0)"
 	"  AND NOT (" PASSED_OVER("e") ")"
 	"  ORDER BY e.expires_at LIMIT $2) t)"
 	" UNION "
@@ -78,6 +84,15 @@ static Statement set_aside_statement = {
 	" ON CONFLICT (account, credit) DO UPDATE SET failed_at = excluded.failed_at, error = excluded.error",
 	.nargs = 4,
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, TEXTOID}
+};
+
+static Statement lapsed_statement = {
+	.sql = "SELECT EXISTS (SELECT FROM credit_lease.reservation r WHERE r.account = $1 AND r.credit = $2"
+	"  AND r.status = 'held' AND r.expires_at <= $3),"
+	" EXISTS (SELECT FROM credit_lease.chunk c WHERE c.account = $1 AND c.credit = $2"
+	"  AND c.status = 'live' AND c.expires_at <= $3)",
+	.nargs = 3,
+	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
 };
 
 static Statement take_back_statement = {
@@ -189,24 +204,54 @@ write_off(Pool *pool)
 void
 reclaim_lapsed(Pool *pool)
 {
-	if (pool->may_have_lapsed)
+	if (pool->may_have_lapsed && !pool->striped)
 		give_back_batch(pool, give_back);
 }
 
 /*
- * reclaim_lock
- *		Does pool_lock() and reclaim_lapsed().
+ * reclaim_lock_account
+ *		Does pool_lock_account(), pool_read() and reclaim_lapsed(), for a call
+ *		that grants.
  */
 void
-reclaim_lock(Pool *pool, AccountLock how)
+reclaim_lock_account(Pool *pool)
 {
-	pool_lock(pool, how);
+	pool_lock_account(pool, ACCOUNT_LOCK_OR_CREATE);
+	pool_read(pool);
 	reclaim_lapsed(pool);
 }
 
-static bool
-has_chunks(const Pool *pool)
+/* Looks whether a striped pool has expired holds, or chunks: a stripe does not know of others'. */
+static void
+look_for_lapsed(Pool *pool)
 {
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
+	statement_execute(&lapsed_statement, &parameters);
+	pool->may_have_lapsed = DatumGetBool(statement_value(0, 1, &isnull));
+	pool->has_lapsed_chunks = DatumGetBool(statement_value(0, 2, &isnull));
+}
+
+static bool
+may_have_lapsed(Pool *pool)
+{
+	if (pool->striped)
+		look_for_lapsed(pool);
+	return pool->may_have_lapsed;
+}
+
+static bool
+may_have_chunks(Pool *pool)
+{
+	if (pool->striped)
+	{
+		look_for_lapsed(pool);
+		return pool->has_lapsed_chunks;
+	}
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		if (amount_sign(pool->tranche[i]->balance[CHUNKED]) > 0)
@@ -215,26 +260,185 @@ has_chunks(const Pool *pool)
 	return false;
 }
 
-/*
- * reclaim_cover
- *		Returns whether a locked pool has an amount available. Before it says
- *		no, it gives all of the pool's expired holds and chunks back. Nothing
- *		may be moved and not saved.
- */
-bool
-reclaim_cover(Pool *pool, Numeric amount)
+/* Returns whether a call can take an amount from a locked pool with the locks that are free. */
+static bool
+cover_freely(Pool *pool, Numeric amount)
 {
-	while (amount_compare(pool->available, amount) < 0 && pool->may_have_lapsed)
+	while (amount_compare(pool->available, amount) < 0 && may_have_lapsed(pool))
 	{
 		if (!give_back_batch(pool, give_back))
 			break;
 	}
-	while (amount_compare(pool->available, amount) < 0 && has_chunks(pool))
+	while (amount_compare(pool->available, amount) < 0 && may_have_chunks(pool))
 	{
 		if (!give_back_batch(pool, chunk_reclaim))
 			break;
 	}
-	return amount_compare(pool->available, amount) >= 0;
+	return amount_compare(pool->available, amount) >= 0 && (pool->stripe == 0 || gather(pool, amount));
+}
+
+/*
+ * reclaim_cover
+ *		Returns whether a locked pool has an amount available, and the call can
+ *		take it. Before it says no, it gives all of the pool's expired holds
+ *		and chunks back; in a striped pool it looks into all stripes, and waits
+ *		for those who have locked what it needs, as far as it may. Nothing may
+ *		be moved and not saved.
+ */
+bool
+reclaim_cover(Pool *pool, Numeric amount)
+{
+	if (cover_freely(pool, amount))
+		return true;
+	/* where too little is committed, nobody has to be waited for */
+	if (pool->stripe == 0 || pool->has_all || amount_compare(pool->available, amount) < 0 || !stripe_lock_all(pool))
+		return false;
+	pool_read(pool);
+	return cover_freely(pool, amount);
+}
+
+/*
+ * reclaim_reach
+ *		Returns how much of an amount a call can take from a locked pool that
+ *		may not have all of it, see reclaim_cover().
+ */
+Numeric
+reclaim_reach(Pool *pool, Numeric amount)
+{
+	Numeric		reach = amount_zero();
+
+	amount = amount_min(amount, pool->available);
+	if (pool->stripe == 0 || gather(pool, amount))
+		return amount;
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		if (pool->tranche[i]->alive && pool->tranche[i]->in_stripe)
+			reach = amount_add(reach, pool->tranche[i]->balance[REMAINING]);
+	}
+	return amount_min(amount, reach);
+}
+
+/* What a call is to take from a pool */
+typedef struct Need
+{
+	Pool	   *pool;
+	Numeric		amount;
+} Need;
+
+static bool
+lock_freely(void *arg)
+{
+	Need	   *need = arg;
+
+	if (!stripe_lock_free(need->pool))
+		return false;
+	pool_read(need->pool);
+	return cover_freely(need->pool, need->amount) || amount_compare(need->pool->available, need->amount) < 0;
+}
+
+/*
+ * reclaim_lock_plenty
+ *		Does reclaim_lock() if the session knows a pool as striped and there is
+ *		a free stripe with plenty; returns whether it did.
+ */
+bool
+reclaim_lock_plenty(Pool *pool, Numeric amount)
+{
+	if (!stripe_lock_plenty(pool, amount))
+		return false;
+	pool->striped = true;
+	if (!pool_read_own(pool, amount))
+		pool_read(pool);
+	return true;
+}
+
+/*
+ * Locks a stripe of a striped pool, and those that it can be gathered from, if
+ * the pool has an amount that nobody has locked; or one stripe, if it does not
+ * have that much; or all, after whoever has locked one, and so that no two calls
+ * that need more than one stripe wait for each other: what was locked on the
+ * way is free again by then. Returns false where the pool is not striped.
+ */
+static bool
+lock_stripes(Pool *pool, Numeric amount)
+{
+	Pool		before = *pool;
+
+	if (reclaim_lock_plenty(pool, amount))
+		return true;
+	pool->striped = true;
+	if (guard_attempt(lock_freely, &(Need) {pool, amount}))
+		return true;
+	*pool = before;
+	pool->striped = true;
+	if (stripe_lock_all(pool))
+	{
+		pool_read(pool);
+		return true;
+	}
+	pool->striped = false;
+	return false;
+}
+
+/*
+ * reclaim_lock
+ *		Locks a pool, for a call that is to take an amount if it is there, and
+ *		reads it; returns whether the account is there.
+ */
+bool
+reclaim_lock(Pool *pool, Numeric amount)
+{
+	AccountMarks marks;
+
+	if (stripe_is_known(pool) && lock_stripes(pool, amount))
+		return true;
+	if (account_lock_unless_striped(pool->account, &marks))
+	{
+		pool->may_be_frozen = marks.frozen;
+		pool_read(pool);
+	}
+	else if (stripe_count(pool) > 0 && lock_stripes(pool, amount))
+		return true;
+	else if (!pool_lock(pool))
+		return false;
+	reclaim_lapsed(pool);
+	return true;
+}
+
+/*
+ * reclaim_lock_hold
+ *		Locks a pool, and reads it and one of its holds, for a call that ends
+ *		or changes the hold; need tells what it is to take beyond it, NULL for
+ *		nothing. Raises LC003.
+ */
+void
+reclaim_lock_hold(Pool *pool, int64 reservation_id, Hold *hold, HoldNeed need, const void *arg)
+{
+	AccountMarks marks;
+	Numeric		amount;
+
+	if (account_lock_unless_striped(pool->account, &marks))
+	{
+		if (!hold_find(pool->account, reservation_id, hold))
+			hold_not_found(pool->account, reservation_id);
+		pool->may_be_frozen = marks.frozen;
+		pool->credit = hold->credit;
+		pool_read(pool);
+		return;
+	}
+
+	if (!hold_find(pool->account, reservation_id, hold))
+		hold_not_found(pool->account, reservation_id);
+	pool->credit = hold->credit;
+	amount = need ? need(hold, arg) : amount_zero();
+	if (amount_sign(amount) > 0)
+		reclaim_lock(pool, amount);
+	else
+		pool_lock(pool);
+	hold_lock(pool, reservation_id, hold);
+	/* by the clock before a wait for the hold, it might not have expired */
+	pool->now = clock_now();
+	pool_read(pool);
 }
 
 /* One pool of a locked account, to be swept: at most limit holds and chunks */
@@ -245,6 +449,7 @@ typedef struct Sweep
 	int			limit;
 	int			given;			/* those that were given back */
 	bool		any;			/* there was something to do */
+	bool		striped;		/* a pool of the account is */
 } Sweep;
 
 /*
@@ -256,15 +461,19 @@ sweep_pool(void *arg)
 {
 	Sweep	   *sweep = arg;
 	Pool		pool = {.account = sweep->account, .credit = sweep->credit};
-	bool		written_off;
 
 	statement_begin();
-	pool_read(&pool);
-	sweep->given = give_back(&pool, sweep->limit);
-	sweep->given += chunk_reclaim(&pool, sweep->limit - sweep->given);
-	written_off = write_off(&pool);
+	pool.striped = sweep->striped && stripe_count(&pool) > 0;
+	if (!pool.striped || stripe_lock_free(&pool))
+	{
+		pool_read(&pool);
+		sweep->given = give_back(&pool, sweep->limit);
+		sweep->given += chunk_reclaim(&pool, sweep->limit - sweep->given);
+	}
+	if (pool.striped && restripe_fold_ended(&pool, false))
+		pool_read(&pool);
+	sweep->any = sweep->given > 0 || (pool.stripe == 0 && write_off(&pool));
 	SPI_finish();
-	sweep->any = sweep->given > 0 || written_off;
 }
 
 /*
@@ -297,10 +506,11 @@ sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, in
 {
 	Sweep		sweep = {.account = account, .credit = credit, .limit = limit};
 	ErrorData  *error;
-	bool		frozen;
+	AccountMarks marks;
 
-	if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &frozen))
+	if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &marks))
 		return false;
+	sweep.striped = marks.striped;
 	error = guard(sweep_pool, &sweep);
 	if (error)
 	{
@@ -320,6 +530,37 @@ sweep_pool_safely(text *account, text *credit, bool was_set_aside, int limit, in
 		statement_execute(&take_back_statement, &parameters);
 	}
 	return sweep.any;
+}
+
+static void
+tidy_pool(void *arg)
+{
+	Pool	   *pool = arg;
+
+	if (restripe_tidy(pool))
+	{
+		pool_read(pool);
+		write_off(pool);
+	}
+}
+
+/*
+ * reclaim_tidy
+ *		Tidies a pool that is or was striped, see restripe_tidy(), and writes
+ *		off what has expired of it. Returns false where something was locked
+ *		for too long, and sets a pool aside whose books do not balance.
+ */
+bool
+reclaim_tidy(text *account, text *credit)
+{
+	Pool		pool = {.account = account, .credit = credit};
+	ErrorData  *error = guard(tidy_pool, &pool);
+
+	if (error && error->sqlerrcode == ERRCODE_LEASE_BOOKS)
+		set_aside(account, credit, error);
+	else if (error && error->sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE)
+		ReThrowError(error);
+	return error == NULL || error->sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE;
 }
 
 /*

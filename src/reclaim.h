@@ -4,7 +4,15 @@
 #include "hold.h"
 #include "pool.h"
 
-extern void reclaim_lock(Pool *pool, AccountLock how);
+/* Returns what a call is to take beyond a hold. */
+typedef Numeric (*HoldNeed) (const Hold *hold, const void *arg);
+
+extern void reclaim_lock_account(Pool *pool);
+extern bool reclaim_lock_plenty(Pool *pool, Numeric amount);
+extern bool reclaim_lock(Pool *pool, Numeric amount);
+extern void reclaim_lock_hold(Pool *pool, int64 reservation_id, Hold *hold, HoldNeed need, const void *arg);
+extern Numeric reclaim_reach(Pool *pool, Numeric amount);
+extern bool reclaim_tidy(text *account, text *credit);
 extern void reclaim_lapsed(Pool *pool);
 extern bool reclaim_cover(Pool *pool, Numeric amount);
 extern void reclaim_hold(Pool *pool, Hold *hold, HoldStatus status);

@@ -5,7 +5,9 @@
  * The ledger is what is reported from: it has what was committed, and nothing
  * that was rolled back (rule 9). lease_usage says how far it has been read for
  * each lease; the entries of an account are numbered in the order in which
- * they are committed, so that none comes in behind. What is read becomes a row
+ * they are committed, so that none comes in behind. Those of a striped pool are
+ * not: they are read up to a number that was drawn before the oldest
+ * transaction that is under way began, as PgQ does. What is read becomes a row
  * of usage_report in the same transaction, which leaves when the upstream has
  * taken it. Lease and entry are the key by which the upstream counts it once,
  * however often it is sent.
@@ -54,6 +56,10 @@
 #define FIRST_RETRY_MS		100
 #define LONGEST_RETRY_MS	10000
 
+/* A tranche is closed when nobody is at work in any of its stripes, and stays closed but for refunds. */
+#define IN_STRIPES \
+	"(t.open AND EXISTS (SELECT FROM credit_lease.striped_pool s WHERE s.account = t.account AND s.credit = t.credit))"
+
 /*
  * Up to each entry so much has to be reported: the least that is spent there
  * or after any later entry, above what is owed. So a refund takes off what was
@@ -62,16 +68,17 @@
  */
 static Statement collect_statement = {
 	.custom = true,
-	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, u.server, u.lease_id,"
+	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, u.server, u.lease_id, u.striped,"
 	"  coalesce(u.company_id, p.company_id) AS company_id, p.event"
-	"  FROM (SELECT i.*, t.server, t.lease_id FROM credit_lease.lease_usage i JOIN credit_lease.tranche t"
+	"  FROM (SELECT i.*, t.server, t.lease_id, " IN_STRIPES " AS striped FROM credit_lease.lease_usage i JOIN credit_lease.whole_tranche t"
 	"    ON t.account = i.account AND t.credit = i.credit AND t.tranche_id = i.tranche_id"
-	"   WHERE NOT i.complete AND t.consumed <> i.consumed ORDER BY i.entry_id LIMIT $1) u, credit_lease.lease_policy(u.account, u.credit) p),"
+	"   WHERE NOT i.complete AND t.consumed <> i.consumed AND (i.entry_id < $3 OR NOT " IN_STRIPES ") ORDER BY i.entry_id LIMIT $1) u, credit_lease.lease_policy(u.account, u.credit) p),"
 	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at,"
 	"   pg_catalog.sum(m.consumed) OVER lease AS total,"
 	"   pg_catalog.sum(m.consumed) FILTER (WHERE m.kind <> 'track') OVER lease AS to_report"
 	"  FROM lease l, LATERAL (SELECT v.entry_id AS id, v.kind, v.consumed, v.created_at FROM credit_lease.movement v"
 	"   WHERE v.account = l.account AND v.entry_id > l.entry_id AND v.tranche_id = l.tranche_id AND v.consumed <> 0"
+	"   AND (NOT l.striped OR v.entry_id <= $3)"
 	"   ORDER BY v.entry_id LIMIT $2) m"
 	"  WINDOW lease AS (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id)),"
 	" due AS (SELECT e.*, greatest(pg_catalog.min(coalesce(e.to_report, 0) - e.owed) OVER (PARTITION BY e.account, e.credit, e.tranche_id"
@@ -90,8 +97,18 @@ static Statement collect_statement = {
 	"   d.reported, coalesce(d.to_report, 0) AS to_report"
 	"  FROM due d ORDER BY d.account, d.credit, d.tranche_id, d.id DESC) s"
 	" WHERE u.account = s.account AND u.credit = s.credit AND u.tranche_id = s.tranche_id",
-	.nargs = 2,
-	.argtypes = {INT4OID, INT4OID}
+	.nargs = 3,
+	.argtypes = {INT4OID, INT4OID, INT8OID}
+};
+
+static Statement drawn_statement = {
+	.sql = "SELECT q.last_value FROM credit_lease.entry_id_seq q WHERE EXISTS (SELECT FROM credit_lease.striped_pool)"
+};
+
+/* Every transaction that has drawn a number by now is older than this one. */
+static Statement transactions_statement = {
+	.sql = "SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text::pg_catalog.int8,"
+	" pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::pg_catalog.text::pg_catalog.int8"
 };
 
 static Statement complete_statement = {
@@ -177,6 +194,42 @@ typedef struct Lane
 static List *failed_lanes = NIL;
 
 /*
+ * Returns up to which number all entries of striped pools are committed, or
+ * never will be: transactions have an id before they draw a number, since they
+ * lock a stripe first.
+ */
+static int64
+settled_up_to(void)
+{
+	static int64 settled = 0;
+	static int64 drawn = 0;
+	static int64 drawn_before = 0;
+	Parameters	none = {0};
+	int64		last;
+	int64		ours;
+	int64		oldest;
+	bool		isnull;
+
+	if (statement_execute(&drawn_statement, &none) == 0)
+		return 0;
+	last = DatumGetInt64(statement_value(0, 1, &isnull));
+	/* the extension was created anew */
+	if (last < drawn)
+		settled = drawn = 0;
+
+	statement_execute(&transactions_statement, &none);
+	ours = DatumGetInt64(statement_value(0, 1, &isnull));
+	oldest = DatumGetInt64(statement_value(0, 2, &isnull));
+	if (drawn == 0 || oldest >= drawn_before)
+	{
+		settled = drawn;
+		drawn = last;
+		drawn_before = ours;
+	}
+	return settled;
+}
+
+/*
  * report_collect
  *		Reads what was spent of some leases since the last time; returns
  *		whether there was anything, so that there may be more.
@@ -189,6 +242,7 @@ report_collect(void)
 
 	parameter_add(&parameters, Int32GetDatum(COLLECT_LEASES));
 	parameter_add(&parameters, Int32GetDatum(COLLECT_ENTRIES));
+	parameter_add(&parameters, Int64GetDatum(settled_up_to()));
 	if (statement_execute(&collect_statement, &parameters) > 0)
 		return true;
 	parameter_add(&clock, TimestampTzGetDatum(clock_now()));

@@ -61,7 +61,7 @@ reserve(FunctionCallInfo fcinfo, bool try)
 		pool_is_frozen(&pool);
 	if (!refused)
 	{
-		pool_take(&pool, amount_min(amount, pool.available), RESERVED);
+		pool_take(&pool, reclaim_reach(&pool, amount), RESERVED);
 		hold_collect(&pool, &hold, hold_expiry(&pool, ttl));
 		entry_id = ledger_post(&pool, &request, &hold.reservation_id);
 		if (entry_id != 0)
@@ -136,7 +136,7 @@ lease_cancel(PG_FUNCTION_ARGS)
 	reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	statement_begin();
 
-	hold_lock(&pool, reservation_id, &hold);
+	reclaim_lock_hold(&pool, reservation_id, &hold, NULL, NULL);
 	if (hold_is_alive(&pool, &hold))
 	{
 		reclaim_lapsed(&pool);
@@ -147,6 +147,12 @@ lease_cancel(PG_FUNCTION_ARGS)
 	given_back = hold.status != HOLD_SETTLED;
 	SPI_finish();
 	PG_RETURN_BOOL(given_back);
+}
+
+static Numeric
+added_amount(const Hold *hold, const void *added)
+{
+	return (Numeric) added;
 }
 
 /*
@@ -175,7 +181,7 @@ lease_renew(PG_FUNCTION_ARGS)
 	added = argument_amount(fcinfo, 3, "add_amount", AMOUNT_NOT_NEGATIVE);
 	caller = statement_begin();
 
-	hold_lock(&pool, reservation_id, &hold);
+	reclaim_lock_hold(&pool, reservation_id, &hold, added_amount, added);
 	if (!hold_is_alive(&pool, &hold))
 		hold_has_ended(&pool, &hold);
 	reclaim_lapsed(&pool);

@@ -16,6 +16,7 @@
 #include "utils/builtins.h"
 
 #include "argument.h"
+#include "clock.h"
 #include "errors.h"
 #include "hold.h"
 #include "ledger.h"
@@ -73,7 +74,7 @@ charge_pool(Pool *pool, Hold *hold, Numeric amount)
 
 	if (!pool_is_frozen(pool))
 	{
-		charged = amount_min(amount, pool->available);
+		charged = reclaim_reach(pool, amount);
 		pool_take(pool, charged, CONSUMED);
 	}
 	hold->consumed = amount_add(hold->consumed, charged);
@@ -109,6 +110,13 @@ require_settlement(const Hold *hold)
 						hold->reservation_id)));
 }
 
+/* Returns what is above a hold of what is to be spent of it, NULL for all. */
+static Numeric
+excess_amount(const Hold *hold, const void *amount)
+{
+	return amount ? amount_subtract((Numeric) amount, hold->amount) : amount_zero();
+}
+
 /*
  * lease_settle(account, reservation_id, amount, overage, metadata)
  *		Spends an amount out of a hold and gives the rest back; see DESIGN 3
@@ -141,7 +149,7 @@ lease_settle(PG_FUNCTION_ARGS)
 	request.metadata = argument_optional_jsonb(fcinfo, 4);
 	caller = statement_begin();
 
-	hold_lock(&pool, reservation_id, &hold);
+	reclaim_lock_hold(&pool, reservation_id, &hold, overage == OVERAGE_CHARGE ? excess_amount : NULL, amount);
 	if (amount == NULL)
 		amount = hold.amount;
 
@@ -239,6 +247,18 @@ usage_key(const Pool *pool, const Hold *hold)
 					hold->created_at + (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY);
 }
 
+/* ... or of what was used; all of that, where the hold has ended. */
+static Numeric
+excess_of_quantity(const Hold *hold, const void *quantity)
+{
+	Numeric		amount;
+
+	if (hold->feature == NULL)
+		return amount_zero();
+	amount = meter_amount((Numeric) quantity, hold->rate, hold->unit);
+	return hold->status == HOLD_HELD && hold->expires_at > clock_now() ? amount_subtract(amount, hold->amount) : amount;
+}
+
 /*
  * lease_track(account, reservation_id, quantity, traits)
  *		Settles a hold of lease_check() with what was used, by the rate at which
@@ -273,7 +293,7 @@ lease_track(PG_FUNCTION_ARGS)
 				 errmsg("traits must be a JSON object")));
 	caller = statement_begin();
 
-	hold_lock(&pool, reservation_id, &hold);
+	reclaim_lock_hold(&pool, reservation_id, &hold, excess_of_quantity, quantity);
 	if (hold.feature == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),

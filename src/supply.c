@@ -18,7 +18,6 @@
  */
 #include "postgres.h"
 
-#include "access/transam.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
@@ -28,6 +27,7 @@
 #include "utils/guc.h"
 #include "utils/timestamp.h"
 
+#include "account.h"
 #include "argument.h"
 #include "clock.h"
 #include "demand.h"
@@ -49,15 +49,9 @@ static Statement lock_if_plenty_statement = {
 	.sql = "SELECT a.frozen FROM credit_lease.account a WHERE a.account = $1"
 	" AND (SELECT pg_catalog.sum(t.remaining) FROM credit_lease.tranche t WHERE " ALIVE " AND t.open)"
 	"  >= $4 * " PLENTY
-	" FOR NO KEY UPDATE OF a",
+	" AND NOT a.striped FOR NO KEY UPDATE OF a",
 	.nargs = 4,
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID, NUMERICOID}
-};
-
-static Statement holder_statement = {
-	.sql = "SELECT a.xmin, a.xmax FROM credit_lease.account a WHERE a.account = $1",
-	.nargs = 1,
-	.argtypes = {TEXTOID}
 };
 
 static Statement server_statement = {
@@ -67,7 +61,7 @@ static Statement server_statement = {
 };
 
 static Statement lease_statement = {
-	.sql = "SELECT t.lease_id, (SELECT coalesce(pg_catalog.sum(t.remaining), 0) FROM credit_lease.tranche t WHERE " ALIVE " AND t.open)"
+	.sql = "SELECT t.lease_id, (SELECT coalesce(pg_catalog.sum(t.remaining), 0) FROM credit_lease.whole_tranche t WHERE " ALIVE " AND t.open)"
 	" FROM (SELECT) one LEFT JOIN credit_lease.tranche t ON " ALIVE " AND t.kind = 'upstream' AND t.server IS NOT NULL LIMIT 1",
 	.nargs = 3,
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
@@ -93,6 +87,26 @@ add_pool(Parameters *parameters, text *account, text *credit)
 	parameter_add_pointer(parameters, credit);
 }
 
+static bool
+has_upstream(text *account, text *credit)
+{
+	Parameters	parameters = {0};
+
+	add_pool(&parameters, account, credit);
+	return statement_execute(&server_statement, &parameters) > 0;
+}
+
+/* Has the upstream asked by a call that cannot wait for it: for those that come after it. */
+static void
+ask_for_others(const Pool *pool, Numeric needed)
+{
+	char		error[DEMAND_MAX_ERROR];
+
+	if (has_upstream(pool->account, pool->credit))
+		demand_wait(text_to_cstring(pool->account), text_to_cstring(pool->credit), needed,
+					GetCurrentTimestamp(), error);
+}
+
 /* Locks the account if the pool seems to have many times an amount, and reads the pool. */
 static bool
 lock_if_plenty(Pool *pool, Numeric needed)
@@ -100,6 +114,12 @@ lock_if_plenty(Pool *pool, Numeric needed)
 	Parameters	parameters = {0};
 	bool		isnull;
 
+	if (reclaim_lock_plenty(pool, needed))
+	{
+		if (!reclaim_cover(pool, needed))
+			ask_for_others(pool, needed);
+		return true;
+	}
 	add_pool(&parameters, pool->account, pool->credit);
 	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 	parameter_add_pointer(&parameters, needed);
@@ -109,28 +129,6 @@ lock_if_plenty(Pool *pool, Numeric needed)
 	pool_read(pool);
 	reclaim_lapsed(pool);
 	return true;
-}
-
-/* Returns whether this transaction has created, changed or locked the account. */
-static bool
-is_held_by_us(text *account)
-{
-	Parameters	parameters = {0};
-	bool		isnull;
-
-	parameter_add_pointer(&parameters, account);
-	return statement_execute(&holder_statement, &parameters) > 0 &&
-		(TransactionIdIsCurrentTransactionId(DatumGetTransactionId(statement_value(0, 1, &isnull))) ||
-		 TransactionIdIsCurrentTransactionId(DatumGetTransactionId(statement_value(0, 2, &isnull))));
-}
-
-static bool
-has_upstream(text *account, text *credit)
-{
-	Parameters	parameters = {0};
-
-	add_pool(&parameters, account, credit);
-	return statement_execute(&server_statement, &parameters) > 0;
 }
 
 /* What a pool has to have */
@@ -145,7 +143,7 @@ lock_and_cover(void *arg)
 {
 	Need	   *need = arg;
 
-	reclaim_lock(need->pool, ACCOUNT_LOCK);
+	reclaim_lock(need->pool, need->amount);
 	return reclaim_cover(need->pool, need->amount);
 }
 
@@ -197,17 +195,6 @@ wait_for_supply(Pool *pool, Numeric needed, TimestampTz until)
 	return true;
 }
 
-/* Has the upstream asked by a call that cannot wait for it: for those that come after it. */
-static void
-ask_for_others(const Pool *pool, Numeric needed)
-{
-	char		error[DEMAND_MAX_ERROR];
-
-	if (has_upstream(pool->account, pool->credit))
-		demand_wait(text_to_cstring(pool->account), text_to_cstring(pool->credit), needed,
-					GetCurrentTimestamp(), error);
-}
-
 /* Returns until when a call that begins to wait now does so. */
 TimestampTz
 supply_deadline(void)
@@ -217,7 +204,7 @@ supply_deadline(void)
 
 /*
  * supply_lock_if_enough
- *		Does reclaim_lock() with ACCOUNT_LOCK and returns true if the pool has
+ *		Does reclaim_lock() and returns true if the pool has
  *		an amount, after a wait for its upstream if need be. If it has not, the
  *		account is not locked, so that another pool of it can be tried.
  */
@@ -225,7 +212,7 @@ bool
 supply_lock_if_enough(Pool *pool, Numeric needed, TimestampTz until)
 {
 	if (!IsolationUsesXactSnapshot() && policy_has_server() &&
-		has_upstream(pool->account, pool->credit) && !is_held_by_us(pool->account))
+		has_upstream(pool->account, pool->credit) && !account_is_held(pool->account))
 		return wait_for_supply(pool, needed, until);
 	if (lock_if_enough(pool, needed))
 		return true;
@@ -235,7 +222,7 @@ supply_lock_if_enough(Pool *pool, Numeric needed, TimestampTz until)
 
 /*
  * supply_lock
- *		Does reclaim_lock() with ACCOUNT_LOCK for a call that needs an amount,
+ *		Does reclaim_lock() for a call that needs an amount,
  *		after it has waited, if need be, for the pool's upstream to supply it:
  *		at most as long as credit_lease.acquire_timeout says. A request whose
  *		key has had its effect does not wait. One that cannot has the upstream
@@ -250,16 +237,16 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 	/* an old snapshot is nothing to remember policies by */
 	if (!old_snapshot && !policy_has_server())
 	{
-		reclaim_lock(pool, ACCOUNT_LOCK);
+		reclaim_lock(pool, needed);
 		return;
 	}
 	if (!old_snapshot &&
 		(lock_if_plenty(pool, needed) ||
-		 (has_upstream(pool->account, pool->credit) && !is_held_by_us(pool->account) &&
+		 (has_upstream(pool->account, pool->credit) && !account_is_held(pool->account) &&
 		  !request_find_first(request, false, &first) && wait_for_supply(pool, needed, supply_deadline()))))
 		return;
 
-	reclaim_lock(pool, ACCOUNT_LOCK);
+	reclaim_lock(pool, needed);
 	if (!reclaim_cover(pool, needed))
 		ask_for_others(pool, needed);
 }
@@ -325,7 +312,7 @@ lease_prewarm(PG_FUNCTION_ARGS)
 		if (has_upstream(account, name))
 			demand_ask(text_to_cstring(account), text_to_cstring(name), amount_zero());
 	}
-	if (IsolationUsesXactSnapshot() || is_held_by_us(account))
+	if (IsolationUsesXactSnapshot() || account_is_held(account))
 		until = GetCurrentTimestamp();
 	SPI_finish();
 	InitMaterializedSRF(fcinfo, 0);

@@ -47,7 +47,9 @@
 #include "compat.h"
 #include "exchange.h"
 #include "leasing.h"
+#include "reclaim.h"
 #include "report.h"
+#include "restripe.h"
 #include "statement.h"
 #include "upstream_state.h"
 #include "worker.h"
@@ -90,6 +92,9 @@ static uint32 wait_event;
 /* What is under way, and what was answered and is not taken in yet; of Exchange */
 static List *exchanges = NIL;
 static List *answered = NIL;
+
+/* How pools are to be striped may have changed. */
+static bool policies_changed = true;
 
 /* The options of a server or of a user mapping have changed, or the settings have. */
 static bool upstreams_changed = false;
@@ -221,6 +226,35 @@ become_owner(int *security)
 	return user;
 }
 
+/* Tidies the striped pools that need it, each in a transaction of its own. */
+static void
+tidy(MemoryContext context)
+{
+	List	   *pools;
+	ListCell   *cell;
+	int			security;
+	Oid			user;
+
+	begin_step("looking for stripes to tidy");
+	user = become_owner(&security);
+	pools = restripe_candidates(context, policies_changed);
+	SetUserIdAndSecContext(user, security);
+	end_step();
+	policies_changed = false;
+
+	foreach(cell, pools)
+	{
+		Pool	   *pool = lfirst(cell);
+
+		begin_step("tidying stripes");
+		user = become_owner(&security);
+		if (!reclaim_tidy(pool->account, pool->credit))
+			policies_changed = true;
+		SetUserIdAndSecContext(user, security);
+		end_step();
+	}
+}
+
 /* Takes in what upstreams have answered; one whose account is locked stays. */
 static void
 take_answers(void)
@@ -287,6 +321,7 @@ ask(int slot, bool look, bool collect, TimestampTz *next_due)
 		leasing_try_again();
 		upstreams_changed = false;
 	}
+	policies_changed |= (woken_for & WAKE_FOR_POLICIES) != 0;
 	if (look || (woken_for & WAKE_FOR_POLICIES))
 		leasing_clean(woken_for & WAKE_FOR_POLICIES);
 	if (look || (woken_for & WAKE_FOR_LEASES))
@@ -443,6 +478,7 @@ worker_main(Datum arg)
 			worker_state_swept(slot, holds);
 			if (holds < sweep_batch)
 				next_sweep = TimestampTzPlusMilliseconds(now, sweep_interval);
+			tidy(loop);
 		}
 		take_answers();
 		next_due = next_sweep;

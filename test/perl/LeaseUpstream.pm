@@ -247,7 +247,7 @@ my $reported = q{
 		  FROM credit_lease.reservation r
 		  LEFT JOIN credit_lease.ledger l
 			ON l.account = r.account AND l.reservation_id = r.reservation_id AND l.kind = 'track'
-		  LEFT JOIN credit_lease.tranche t
+		  LEFT JOIN credit_lease.whole_tranche t
 			ON t.account = l.account AND t.credit = l.credit AND t.tranche_id = l.tranche_id
 		 WHERE r.tracked > 0 GROUP BY r.account, r.reservation_id
 	),
@@ -269,7 +269,7 @@ sub _differences
 		push @wrong, "$dbname has something to tell" if $node->safe_psql($dbname, q{
 			SELECT EXISTS (SELECT FROM credit_lease.usage_report WHERE refused_at IS NULL)
 				OR EXISTS (SELECT FROM credit_lease.upstream_request WHERE kind <> 'acquire' AND NOT refused)
-				OR EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.tranche t
+				OR EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.whole_tranche t
 					USING (account, credit, tranche_id) WHERE t.consumed <> u.consumed)}) eq 't';
 		for (split /\n/, $node->safe_psql($dbname, $reported . q{
 			SELECT t.lease_id, t.granted,
@@ -281,7 +281,7 @@ sub _differences
 				   + coalesce((SELECT sum(r.cost) FROM reported r WHERE r.tranche_id = t.tranche_id), 0),
 				   CASE WHEN t.released_at IS NOT NULL THEN 'released' WHEN t.expires_at > clock_timestamp() THEN 'live'
 					ELSE 'expired' END
-			  FROM credit_lease.tranche t JOIN credit_lease.lease_usage u USING (account, credit, tranche_id)}))
+			  FROM credit_lease.whole_tranche t JOIN credit_lease.lease_usage u USING (account, credit, tranche_id)}))
 		{
 			my ($id, $granted, $used, $state) = split /\|/;
 

@@ -4,6 +4,7 @@
 
 use strict;
 use warnings;
+use feature qw(state);
 
 use FindBin;
 use lib "$FindBin::RealBin/../perl";
@@ -91,7 +92,10 @@ sub account
 	my ($account, $amount, %policy) = @_;
 	my $company = $policy{company_id} // $account;
 	my $credit = delete $policy{credit} // 'tokens';
+	state $policies = 0;
 
+	# every second pool is striped: that must make no difference to upstreams
+	$policy{stripes} //= 4 if %policy && $policies++ % 2;
 	$upstream->balance($company, $policy{credit_type_id} // $credit, $amount) if defined $amount;
 	sql("INSERT INTO policy (account, credit, " . join(', ', sort keys %policy) . ") VALUES ("
 		. join(', ', map { quoted($_) } $account, $credit, map { $policy{$_} } sort keys %policy) . ");")
@@ -186,7 +190,7 @@ becomes($node, "SELECT granted = 200 FROM credit_lease.open_lease WHERE account 
 account('acct:short', 100000, lease_duration => '2 seconds', lease_size => 1000);
 sql("SELECT lease_consume('acct:short', 'tokens', 1);");
 becomes($node, q{
-	SELECT EXISTS (SELECT FROM credit_lease.tranche
+	SELECT EXISTS (SELECT FROM credit_lease.whole_tranche
 		WHERE account = 'acct:short' AND expires_at > created_at + '3 seconds')
 	  FROM credit_lease.lease_consume('acct:short', 'tokens', 1)}, 'a lease that is used is renewed before it ends');
 becomes($node, q{SELECT count(*) = 0 FROM credit_lease.open_lease WHERE account = 'acct:short'}, 'one that is idle is not');
@@ -208,7 +212,7 @@ is("$body->{company_id}, $body->{credit_type_id}, $body->{requested_amount}", 'c
 ($lease) = $upstream->leases('company p');
 is(sql("SELECT '$lease->{expires_at}'::timestamptz - expires_at, expires_at > clock_timestamp() + '50 min'
 	FROM open_lease WHERE account = 'acct:p';"), '00:00:10|t', 'for as long as it says, less the safety margin');
-becomes($node, q{SELECT reports = 0 AND NOT EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.tranche t
+becomes($node, q{SELECT reports = 0 AND NOT EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.whole_tranche t
 	USING (account, credit, tranche_id) WHERE t.account = 'acct:p' AND t.consumed <> u.consumed)
 	FROM credit_lease.upstream_status}, 'its usage is reported');
 my ($event) = map { $_->{body} } map { $upstream->events_of('company p', $_) } $upstream->asked('events', 'company p');
@@ -222,7 +226,7 @@ is(join(' ', $event->{event}, $event->{quantity}, $event->{company}{id}, $event-
 account('acct:gone', 1000, server => 'billing', credit => 'coins');
 sql("SELECT lease_consume('acct:gone', 'coins', 10);");
 sql("DELETE FROM policy WHERE account = 'acct:gone';");
-becomes($node, q{SELECT released_at IS NOT NULL AND returned = 90 FROM credit_lease.tranche WHERE account = 'acct:gone'},
+becomes($node, q{SELECT released_at IS NOT NULL AND returned = 90 FROM credit_lease.whole_tranche WHERE account = 'acct:gone'},
 	'a lease is released when its policy is deleted');
 
 # ... also when somebody has the account just then, or the lease is still to come
@@ -236,7 +240,7 @@ sql("DELETE FROM policy WHERE account IN ('acct:held', 'acct:coming');");
 $upstream->clear;
 $first->run_safe('COMMIT;');
 $first->quit;
-becomes($node, "SELECT released_at IS NOT NULL FROM credit_lease.tranche WHERE account = '$_' AND kind = 'upstream'",
+becomes($node, "SELECT released_at IS NOT NULL FROM credit_lease.whole_tranche WHERE account = '$_' AND kind = 'upstream'",
 	"$_: that lease is released, too") for qw(acct:held acct:coming);
 
 account('acct:back', 1000);
@@ -460,7 +464,7 @@ is(join('', map { scalar $_->finish } @sessions), 't' x @sessions, 'faults of ac
 $_->quit for @sessions;
 over_it('acquire', 'SELECT granted = 100 FROM open_lease WHERE account = ACCOUNT;');
 over_it('events', q{SELECT t.consumed = u.consumed AND NOT EXISTS (SELECT FROM usage_report r WHERE r.account = ACCOUNT)
-	FROM lease_usage u JOIN tranche t USING (account, credit, tranche_id) WHERE t.account = ACCOUNT;});
+	FROM lease_usage u JOIN whole_tranche t USING (account, credit, tranche_id) WHERE t.account = ACCOUNT;});
 
 # 20 are left, so that more is asked for at once, and again when somebody needs it
 sql("SELECT lease_consume(" . quoted($_->{name}) . ", 'tokens', 75);") for grep { $_->{kind} eq 'extend' } @ill;
@@ -833,7 +837,7 @@ $node->append_conf('postgresql.conf', 'credit_lease.role = billing_worker');
 $node->reload;
 becomes($node, "SELECT usename = 'billing_worker' FROM pg_stat_activity JOIN credit_lease.worker_status USING (pid)", 'the worker is another role');
 is(sql("SELECT available FROM lease_consume('acct:role', 'tokens', 10);"), 90, 'it leases with its own user mapping');
-becomes($node, "SELECT t.consumed = u.consumed FROM credit_lease.lease_usage u JOIN credit_lease.tranche t USING (account, credit, tranche_id)
+becomes($node, "SELECT t.consumed = u.consumed FROM credit_lease.lease_usage u JOIN credit_lease.whole_tranche t USING (account, credit, tranche_id)
 	WHERE account = 'acct:role'", 'and reads what to report');
 is($node->safe_psql('postgres', 'SELECT last_error FROM credit_lease.worker_status'), '', 'without an error');
 

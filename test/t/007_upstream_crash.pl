@@ -125,7 +125,7 @@ sub begin_requests
 	sql("INSERT INTO policy (account, server) VALUES ('$of{intent}', 'not there');");
 	sql("SELECT lease_consume('$of{$_}', 'tokens', 1)") for qw(extend release done);
 	sql("SELECT lease_prewarm('$of{events}', '{tokens}')");
-	becomes($node, "SELECT NOT EXISTS (SELECT FROM credit_lease.usage_report) AND NOT EXISTS (SELECT FROM credit_lease.tranche t
+	becomes($node, "SELECT NOT EXISTS (SELECT FROM credit_lease.usage_report) AND NOT EXISTS (SELECT FROM credit_lease.whole_tranche t
 		JOIN credit_lease.lease_usage u USING (account, credit, tranche_id) WHERE t.consumed <> u.consumed)", "$round: all is reported");
 
 	hang($_, $of{$_}) for qw(acquire extend release events);
