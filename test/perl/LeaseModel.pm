@@ -28,6 +28,7 @@ sub new
 	return bless {
 		now => $params{now},
 		account => {},
+		kept => {},
 		highest => { entry => 0, tranche => 0, reservation => 0 }
 	}, $class;
 }
@@ -70,14 +71,17 @@ sub _pool
 }
 
 # Gives back what holds have let expire and writes off expired tranches
-# (rules 7 and 8); after it, all that remains can be spent.
+# (rules 7 and 8); after it, all that remains can be spent. A call that is not
+# short of a striped pool's credit may leave expired holds for others: those
+# are kept, but of the credit that a call is short of.
 sub _sweep
 {
-	my ($self, $account) = @_;
+	my ($self, $account, $short) = @_;
 
 	for my $hold (values %{ $account->{hold} })
 	{
 		next if $hold->{status} ne 'held' || $hold->{expires_at} > $self->{now};
+		next if $self->{kept}{ $hold->{id} } && $hold->{credit} ne ($short // '');
 		$hold->{status} = 'expired';
 		_give_back($account, $hold, 0);
 	}
@@ -95,6 +99,14 @@ sub _alive
 	my ($self, $tranche) = @_;
 
 	return !$tranche->{released} && (!defined $tranche->{expires_at} || $tranche->{expires_at} > $self->{now});
+}
+
+# What a hold is, given back or not.
+sub _status
+{
+	my ($self, $hold) = @_;
+
+	return $hold->{status} eq 'held' && $hold->{expires_at} <= $self->{now} ? 'expired' : $hold->{status};
 }
 
 # Ends a hold: spends an amount of it in burn order, the rest returns to the
@@ -126,6 +138,26 @@ sub available
 	return sum0 map { $_->{remaining} } _pool($self->account($name), $credit);
 }
 
+# Returns whether a call can take an amount; before it cannot, it gives all back
+# that has expired.
+sub _covers
+{
+	my ($self, $name, $credit, $amount) = @_;
+
+	$self->_sweep($self->account($name), $credit) if $self->available($name, $credit) < $amount;
+	return $self->available($name, $credit) >= $amount;
+}
+
+# Gives back and writes off what has expired in an account, but for some holds.
+sub sweep
+{
+	my ($self, $name, $kept) = @_;
+
+	local $self->{kept} = $kept;
+	$self->_sweep($self->account($name));
+	return;
+}
+
 # Returns a row for each credit, as lease_balance() does.
 sub balance
 {
@@ -134,7 +166,7 @@ sub balance
 	my %seen = map { $_->{credit} => 1 } values %{ $account->{tranche} };
 	my @rows;
 
-	$self->_sweep($account);
+	$self->sweep($name, {});
 	for my $credit (sort keys %seen)
 	{
 		my @pool = _pool($account, $credit);
@@ -283,7 +315,7 @@ sub _is_frozen
 
 # ---------------------------------------------------------------------------
 # The calls. A call is a hash of its arguments; got is what the database
-# answered, for the numbers in it. The result is {error => [sqlstates]} or
+# answered, for the numbers in it, and which expired holds it has left (kept). The result is {error => [sqlstates]} or
 # {row => [columns]}; got->{expected} has the ledger entries.
 # ---------------------------------------------------------------------------
 
@@ -292,12 +324,19 @@ sub call
 	my ($self, $call, $got) = @_;
 	my $function = $call->{function};
 	my $method = "_$function";
-	my $result;
+	my ($before, $result);
 
 	$got->{expected} = [];
 	return _refused('22023') if $call->{bad};
 	$method =~ s/^_try_/_/;
-	$self->_sweep($self->account($call->{account})) if defined $call->{account};
+	$self->{kept} = $got->{kept};
+	if (defined $call->{account})
+	{
+		my $account = $self->account($call->{account});
+
+		$before = dclone($account) if %{ $self->{kept} };
+		$self->_sweep($account);
+	}
 	$result = $self->$method($call, $got);
 
 	# the twins differ in nothing but how they say no
@@ -308,6 +347,8 @@ sub call
 			$function eq 'try_reserve' ? undef : (), 'f'
 		] };
 	}
+	# what it gave back on the way is rolled back with it
+	$self->{account}{ $call->{account} } = $before if $before && $result->{error};
 	return $result;
 }
 
@@ -362,7 +403,7 @@ sub _adjust
 	}
 	else
 	{
-		return _refused('LC001') if $self->available($call->{account}, $call->{credit}) < -$call->{amount};
+		return _refused('LC001') if !$self->_covers($call->{account}, $call->{credit}, -$call->{amount});
 		@rows = map { [ $_->[0], -$_->[1], 0 ] } _take($account, $call->{credit}, -$call->{amount}, 'revoked');
 	}
 
@@ -422,8 +463,10 @@ sub _consume
 
 	return $first if $first && $first->{error};
 	return { row => [ @{ $first->{row} }, 't' ] } if $first;
+	my $covered = $self->_covers($call->{account}, $call->{credit}, $call->{amount});
+
 	return _refused('LC007') if _is_frozen($account, $call->{credit});
-	return _refused('LC001') if $self->available($call->{account}, $call->{credit}) < $call->{amount};
+	return _refused('LC001') if !$covered;
 
 	my @rows = map { [ @$_, $_->[1] ] } _take($account, $call->{credit}, $call->{amount}, 'consumed');
 	my $entry = $self->_entries($account, $got, 'consume', \@rows, credit => $call->{credit});
@@ -437,7 +480,6 @@ sub _reserve
 	my ($self, $call, $got) = @_;
 	my $account = $self->account($call->{account});
 	my $first = _key($account, $call);
-	my $available = $self->available($call->{account}, $call->{credit});
 	my $hold;
 
 	return $first if $first && $first->{error};
@@ -445,9 +487,12 @@ sub _reserve
 	{
 		# the first result again, but for when the hold expires by now
 		$hold = $account->{hold}{ $first->{row}[1] };
-		return _ended($hold) if $hold->{status} ne 'held';
+		return _ended($hold) if $self->_status($hold) ne 'held';
 		return { row => [ @{ $first->{row} }, $hold->{expires_at}, 't' ] };
 	}
+	$self->_covers($call->{account}, $call->{credit}, $call->{amount});
+	my $available = $self->available($call->{account}, $call->{credit});
+
 	return _refused('LC007') if _is_frozen($account, $call->{credit});
 	return _refused('LC001') if $available < ($call->{min_amount} // $call->{amount});
 
@@ -475,7 +520,7 @@ sub _ended
 {
 	my ($hold) = @_;
 
-	return _refused($hold->{status} eq 'expired' ? 'LC004' : 'LC005');
+	return _refused($hold->{status} =~ /^(held|expired)$/ ? 'LC004' : 'LC005');
 }
 
 sub _settle
@@ -496,7 +541,7 @@ sub _settle
 		return _refused('LC005') if $hold->{signature} ne $signature;
 		return { row => [ @{ $hold->{row} }, 't' ] };
 	}
-	return _ended($hold) if $hold->{status} ne 'held';
+	return _ended($hold) if $self->_status($hold) ne 'held';
 	return _refused('LC001') if $overage eq 'refuse' && $amount > $hold->{amount};
 
 	my $spent = min($amount, $hold->{amount});
@@ -505,6 +550,7 @@ sub _settle
 	my $refunded = 0;
 	my (%consumed, %touched);
 
+	$self->_covers($call->{account}, $hold->{credit}, $above) if $overage eq 'charge';
 	for my $part (_give_back($account, $hold, $spent))
 	{
 		my ($tranche, $consumed, $returned) = @$part;
@@ -568,9 +614,9 @@ sub _renew
 	my $add = $call->{add_amount} // 0;
 
 	return _refused('LC003') if !$hold;
-	return _ended($hold) if $hold->{status} ne 'held';
+	return _ended($hold) if $self->_status($hold) ne 'held';
 	return _refused('LC007') if _is_frozen($account, $hold->{credit});
-	return _refused('LC001') if $self->available($call->{account}, $hold->{credit}) < $add;
+	return _refused('LC001') if !$self->_covers($call->{account}, $hold->{credit}, $add);
 
 	my @taken = _take($account, $hold->{credit}, $add, 'reserved');
 	$hold->{part}{ $_->[0]{id} } += $_->[1] for @taken;

@@ -66,7 +66,7 @@ my %type_of = (
 my %weight = (
 	topup => 9, adjust => 7, refund => 9, consume => 9, try_consume => 7, reserve => 11, try_reserve => 7,
 	settle => 12, cancel => 4, renew => 8, freeze => 2, unfreeze => 4, install => 5, extend => 8, release => 2,
-	again => 12, bad => 3, clock => 6, reclaim => 3, begin => 4, look => 1);
+	again => 12, bad => 3, clock => 6, reclaim => 3, stripe => 3, begin => 4, look => 1);
 
 srand($seed);
 my $node = lease_cluster('model', conf => 'restart_after_crash = on');
@@ -74,7 +74,7 @@ my $session = LeaseTest::Session->new($node);
 my $world = LeaseModel->new(now => 0);
 my @nested;			# worlds to go back to, one for each BEGIN and SAVEPOINT
 my $transaction_left = 0;
-my ($exponent, @accounts, @made, $key_number);
+my ($exponent, @accounts, @made, $key_number, $stripes_change);
 my $next_epoch = 1;
 my @hot;			# an account, and a hold in it, on which the clock has just moved
 my @log;			# the last calls
@@ -218,6 +218,7 @@ sub start_epoch
 
 	# twelve digits after the point, none, and 26 before it
 	$exponent = pick(-12, -12, -12, -2, 0, 11);
+	$stripes_change = chance(60);
 	@accounts = map { "$number$_" } ('/acct:1', "/it's \"Zo\x{c3}\x{ab}\" \\", '/' . 'x' x 40);
 	$next_epoch = $number + $steps_of_epoch;
 	@made = ();
@@ -533,11 +534,12 @@ my @state = (
 	],
 	[
 		"'T', credit, tranche_id, granted, remaining, reserved, chunked, consumed, expired, returned, revoked",
-		'tranche WHERE account = $1'
+		'whole_tranche WHERE account = $1'
 	],
+	[ "'S', credit", 'striped_pool WHERE account = $1' ],
 	[
 		"'H', reservation_id, status, amount, " . instant_sql('expires_at')
-		  . ", array_to_string(tranche_ids, ','), array_to_string(tranche_amounts, ',')",
+		  . ", array_to_string(tranche_ids, ','), array_to_string(tranche_amounts, ','), credit",
 		'reservation WHERE account = $1'
 	],
 	[
@@ -578,7 +580,7 @@ sub same
 sub parse_state
 {
 	my ($text) = @_;
-	my %state = map { $_ => [] } qw(B T H L);
+	my %state = map { $_ => [] } qw(B T S H L);
 
 	for my $line (split /\n/, $text)
 	{
@@ -593,8 +595,9 @@ sub parse_state
 sub compare_account
 {
 	my ($name, $state) = @_;
-	my $account = $world->account($name);
-	my @balance = $world->balance($name);
+	my $swept = %{ kept($state) } ? $world->copy : $world;
+	my @balance = $swept->balance($name);
+	my $account = $swept->account($name);
 	my (@why, %lapsed);
 
 	# lease_balance()
@@ -665,6 +668,21 @@ sub split_entries
 		push @{ $got->{ $entry{kind} eq 'expire' ? 'swept' : 'entries' } }, \%entry;
 	}
 	return @why;
+}
+
+# Returns the expired holds that nobody has given back yet. A call that says what
+# is available may leave none of its own pool, unless that is striped.
+sub kept
+{
+	my ($state, @told) = @_;
+	my %striped = map { $_->[0] => 1 } @{ $state->{S} };
+	my %told = map { $_ => 1 } @told;
+
+	return {
+		map { $_->[0] => 1 }
+		  grep { $_->[1] eq 'held' && $_->[3] <= $world->{now} && ($striped{ $_->[6] } || !$told{ $_->[6] }) }
+		  @{ $state->{H} }
+	};
 }
 
 # Whether what was swept had expired: a part of a hold, or the rest of a tranche.
@@ -756,6 +774,7 @@ sub do_call
 	my $state = parse_state($text);
 	$got{row} = parse_row($answer, $function{ $call->{function} }[1]) if $sqlstate eq '00000';
 	push @why, split_entries($state, \%got);
+	$got{kept} = kept($state, (map { $_->{credit} } @{ $got{entries} }), $call->{function} =~ /^try/ ? $call->{credit} : ());
 	my $expected = $world->call($call, \%got);
 	$account->{last_entry} = max($account->{last_entry}, map { $_->[0] } @{ $state->{L} });
 
@@ -789,7 +808,7 @@ sub say_sql
 {
 	my ($step, $sql) = @_;
 
-	note_call($step, $sql) if $sql !~ /^(SELECT|EXECUTE)/ || $sql =~ /lease_reclaim/;
+	note_call($step, $sql) if $sql !~ /^(SELECT|EXECUTE)/ || $sql =~ /lease_(reclaim|stripe)/;
 	my ($out, $sqlstate) = ask($step, $sql);
 	fail_step($step, "$sqlstate " . $session->messages) if $sqlstate ne '00000';
 	return $out;
@@ -847,6 +866,19 @@ sub do_reclaim
 	return;
 }
 
+# Keeps a pool in another number of rows: of that nothing is to be seen.
+sub do_stripe
+{
+	my ($step) = @_;
+	my $name = pick(@accounts);
+
+	return if !$stripes_change;
+	say_sql($step, 'SELECT lease_stripe(' . quoted($name) . ', ' . quoted(pick(@credits)) . ', ' . pick(1, 2, 2, 3, 8, 64) . ')');
+	look_at_account($step, $name);
+	$seen{'stripe'}++;
+	return;
+}
+
 # Begins a transaction or, inside one, a savepoint.
 sub do_begin
 {
@@ -890,7 +922,7 @@ sub look_at_account
 	my %got = (entries => [], swept => []);
 	my @why = split_entries($state, \%got);
 
-	$world->balance($name);
+	$world->sweep($name, kept($state));
 	$account->{last_entry} = max($account->{last_entry}, map { $_->[0] } @{ $state->{L} });
 	push @why, 'entries of nobody' if @{ $got{entries} };
 	push @why, check_swept($name, \%got), compare_account($name, $state);
@@ -911,7 +943,9 @@ sub do_look
 sub look_at_views
 {
 	my ($step, $name) = @_;
-	my $account = $world->account($name);
+	my $swept = $world->copy;
+	$swept->sweep($name, {});
+	my $account = $swept->account($name);
 	my @holds = map { $account->{hold}{$_} } sort { $a <=> $b } keys %{ $account->{hold} };
 	my @tranches = map { $account->{tranche}{$_} } sort { $a <=> $b } keys %{ $account->{tranche} };
 	my $where = 'WHERE account = ' . quoted($name);
@@ -983,6 +1017,7 @@ for my $step (1 .. $steps)
 
 	if ($what eq 'clock') { do_clock($step) }
 	elsif ($what eq 'reclaim') { do_reclaim($step) }
+	elsif ($what eq 'stripe') { do_stripe($step) }
 	elsif ($what eq 'look') { do_look($step) }
 	elsif ($what eq 'begin' && @nested < 4) { do_begin($step) }
 	elsif ($what eq 'begin') { do_end($step) }
