@@ -17,13 +17,11 @@
  */
 #include "postgres.h"
 
-#include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
-#include "utils/typcache.h"
 
 #include "chunk.h"
 #include "errors.h"
@@ -159,8 +157,6 @@ check_chunk(const Chunk *chunk)
 static void
 read_chunk(uint64 row, Chunk *chunk)
 {
-	HeapTupleData row_tuple;
-	TupleDesc	tupdesc;
 	Datum	   *value;
 	bool	   *null;
 	char	   *status;
@@ -168,15 +164,7 @@ read_chunk(uint64 row, Chunk *chunk)
 
 	memset(chunk, 0, sizeof(*chunk));
 	chunk->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
-	row_tuple.t_data = DatumGetHeapTupleHeader(statement_value(row, 2, &isnull));
-	row_tuple.t_len = HeapTupleHeaderGetDatumLength(row_tuple.t_data);
-	tupdesc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(row_tuple.t_data),
-									 HeapTupleHeaderGetTypMod(row_tuple.t_data));
-	Assert(tupdesc->natts >= COLUMNS);
-	value = palloc(sizeof(Datum) * tupdesc->natts);
-	null = palloc(sizeof(bool) * tupdesc->natts);
-	heap_deform_tuple(&row_tuple, tupdesc, value, null);
-	ReleaseTupleDesc(tupdesc);
+	value = statement_row(statement_value(row, 2, &isnull), COLUMNS, &null);
 
 	chunk->chunk_id = DatumGetInt64(value[COLUMN_CHUNK_ID]);
 	chunk->credit = DatumGetTextPP(value[COLUMN_CREDIT]);

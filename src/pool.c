@@ -22,14 +22,12 @@
  */
 #include "postgres.h"
 
-#include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
-#include "utils/typcache.h"
 
 #include "amount.h"
 #include "clock.h"
@@ -244,24 +242,6 @@ read_text(const Datum *value, const bool *null, int column)
 	return null[column] ? NULL : DatumGetTextPP(value[column]);
 }
 
-/* Takes a row apart that is a column of the last result. */
-static Datum *
-deform(Datum column, int least, bool **null)
-{
-	HeapTupleHeader header = DatumGetHeapTupleHeader(column);
-	HeapTupleData row = {.t_len = HeapTupleHeaderGetDatumLength(header), .t_data = header};
-	TupleDesc	tupdesc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(header),
-												 HeapTupleHeaderGetTypMod(header));
-	Datum	   *value = palloc(sizeof(Datum) * tupdesc->natts);
-
-	Assert(tupdesc->natts >= least);
-	(void) least;
-	*null = palloc(sizeof(bool) * tupdesc->natts);
-	heap_deform_tuple(&row, tupdesc, value, *null);
-	ReleaseTupleDesc(tupdesc);
-	return value;
-}
-
 /* Puts the row that a tranche has in the locked stripe, or an empty one, in place of its own. */
 static void
 read_stripe(Tranche *tranche, uint64 row)
@@ -279,7 +259,7 @@ read_stripe(Tranche *tranche, uint64 row)
 			tranche->balance[i] = amount_zero();
 		return;
 	}
-	value = deform(column, STRIPE_COLUMNS, &null);
+	value = statement_row(column, STRIPE_COLUMNS, &null);
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = DatumGetNumeric(value[STRIPE_COLUMN_BALANCE + i]);
 	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 3, &isnull));
@@ -294,7 +274,7 @@ read_tranche(const Pool *pool, uint64 row)
 	bool		isnull;
 
 	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
-	value = deform(statement_value(row, 2, &isnull), COLUMNS, &null);
+	value = statement_row(statement_value(row, 2, &isnull), COLUMNS, &null);
 	tranche->tranche_id = DatumGetInt64(value[COLUMN_TRANCHE_ID]);
 	tranche->priority = DatumGetInt32(value[COLUMN_PRIORITY]);
 	tranche->expires_at = tranche->stored_expires_at =
@@ -565,7 +545,7 @@ read_own(const Pool *pool, uint64 row)
 	Tranche    *tranche = palloc0(sizeof(Tranche));
 	bool		isnull;
 	bool	   *null;
-	Datum	   *value = deform(statement_value(row, 2, &isnull), STRIPE_COLUMNS, &null);
+	Datum	   *value = statement_row(statement_value(row, 2, &isnull), STRIPE_COLUMNS, &null);
 
 	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
 	tranche->tranche_id = DatumGetInt64(value[STRIPE_COLUMN_TRANCHE_ID]);

@@ -15,6 +15,7 @@
 #include "funcapi.h"
 #include "nodes/parsenodes.h"
 #include "utils/snapmgr.h"
+#include "utils/typcache.h"
 
 #include "statement.h"
 
@@ -144,4 +145,26 @@ Datum
 statement_value(uint64 row, int column, bool *isnull)
 {
 	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
+}
+
+/*
+ * statement_row
+ *		Takes a row apart that is a column of a result, and has at least so many
+ *		columns; returns their values and which are null.
+ */
+Datum *
+statement_row(Datum column, int least, bool **null)
+{
+	HeapTupleHeader header = DatumGetHeapTupleHeader(column);
+	HeapTupleData row = {.t_len = HeapTupleHeaderGetDatumLength(header), .t_data = header};
+	TupleDesc	tupdesc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(header),
+												 HeapTupleHeaderGetTypMod(header));
+	Datum	   *value = palloc(sizeof(Datum) * tupdesc->natts);
+
+	Assert(tupdesc->natts >= least);
+	(void) least;
+	*null = palloc(sizeof(bool) * tupdesc->natts);
+	heap_deform_tuple(&row, tupdesc, value, *null);
+	ReleaseTupleDesc(tupdesc);
+	return value;
 }

@@ -39,6 +39,7 @@ extern Datum statement_end(MemoryContext caller, FunctionCallInfo fcinfo,
 						   Datum *values, bool *nulls);
 extern uint64 statement_execute(Statement *statement, Parameters *parameters);
 extern uint64 statement_execute_now(Statement *statement, Parameters *parameters);
+extern Datum *statement_row(Datum column, int least, bool **null);
 extern Datum statement_value(uint64 row, int column, bool *isnull);
 
 #endif							/* CREDIT_LEASE_STATEMENT_H */

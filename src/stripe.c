@@ -26,6 +26,7 @@
 #include "storage/latch.h"
 #include "storage/proc.h"
 #include "utils/builtins.h"
+#include "utils/memutils.h"
 #include "utils/timestamp.h"
 
 #include "account.h"
@@ -40,6 +41,9 @@
 
 /* How old what is said of other stripes may be */
 #define RECALL_FOR_MS	20
+
+/* The most that a pool can have */
+#define MOST_STRIPES	64
 
 /* How often is tried what must not be waited for */
 #define POLL_MS			2
@@ -56,8 +60,9 @@ typedef union Remembered
 
 typedef struct Memory
 {
-	uint32		hash;			/* of the account and the credit */
-	int			stripe;			/* 0 for none */
+	char	   *pool;			/* the account and the credit; NULL for none */
+	Size		length;
+	int			stripe;
 	StripeRow	row;
 	ItemPointerData part;		/* its row of the tranche whose turn it is */
 	LocalTransactionId transaction;
@@ -153,28 +158,61 @@ hash_text(const text *string)
 	return hash_bytes((const unsigned char *) VARDATA_ANY(string), VARSIZE_ANY_EXHDR(string));
 }
 
-/* Returns where a pool is remembered; another may be there. */
+/* Returns where a pool is remembered, or is to be; another may be there. */
 static Memory *
-find_memory(const Pool *pool, uint32 *hash)
+find_place(const Pool *pool)
 {
-	*hash = hash_combine(hash_text(pool->account), hash_text(pool->credit));
-	return &memories[*hash % MEMORIES];
+	return &memories[hash_combine(hash_text(pool->account), hash_text(pool->credit)) % MEMORIES];
 }
 
-static int
-remembered_stripe(const Pool *pool)
+/* Returns what is remembered of a pool, NULL for nothing. */
+static Memory *
+find_memory(const Pool *pool)
 {
-	uint32		hash;
-	Memory	   *memory = find_memory(pool, &hash);
+	Memory	   *memory = find_place(pool);
+	Size		length = VARSIZE_ANY_EXHDR(pool->account);
 
-	return memory->hash == hash ? memory->stripe : 0;
+	if (memory->pool == NULL || memory->length != length + 1 + VARSIZE_ANY_EXHDR(pool->credit) ||
+		memcmp(memory->pool, VARDATA_ANY(pool->account), length) != 0 || memory->pool[length] != '\0' ||
+		memcmp(memory->pool + length + 1, VARDATA_ANY(pool->credit), VARSIZE_ANY_EXHDR(pool->credit)) != 0)
+		return NULL;
+	return memory;
+}
+
+static void
+forget(const Pool *pool)
+{
+	Memory	   *memory = find_memory(pool);
+
+	if (memory == NULL)
+		return;
+	pfree(memory->pool);
+	memset(memory, 0, sizeof(Memory));
+}
+
+/* Begins to remember a pool, in place of another one. */
+static Memory *
+make_memory(const Pool *pool)
+{
+	Memory	   *memory = find_place(pool);
+	Size		length = VARSIZE_ANY_EXHDR(pool->account);
+	char	   *name = MemoryContextAllocZero(TopMemoryContext, length + 1 + VARSIZE_ANY_EXHDR(pool->credit));
+
+	memcpy(name, VARDATA_ANY(pool->account), length);
+	memcpy(name + length + 1, VARDATA_ANY(pool->credit), VARSIZE_ANY_EXHDR(pool->credit));
+	if (memory->pool)
+		pfree(memory->pool);
+	memset(memory, 0, sizeof(Memory));
+	memory->pool = name;
+	memory->length = length + 1 + VARSIZE_ANY_EXHDR(pool->credit);
+	return memory;
 }
 
 /* Returns whether the session has worked in a stripe of the pool. */
 bool
 stripe_is_known(const Pool *pool)
 {
-	return remembered_stripe(pool) != 0;
+	return find_memory(pool) != NULL;
 }
 
 /* Keeps an amount; returns whether it fits. */
@@ -198,18 +236,19 @@ keep(Remembered *remembered, Numeric amount)
 void
 stripe_remember(const Pool *pool, bool gathered)
 {
-	uint32		hash;
-	Memory	   *memory = find_memory(pool, &hash);
+	Memory	   *memory = find_memory(pool);
+	bool		is_first;
 
-	if (pool->looked || gathered || memory->hash != hash || memory->stripe != pool->stripe)
+	if (memory == NULL)
+		memory = make_memory(pool);
+	is_first = memory->transaction != MyProcLxid;
+	if (pool->looked || gathered || memory->stripe != pool->stripe)
 		memory->looked_at = 0;
-	if (pool->looked && !gathered && (memory->hash != hash || memory->transaction != MyProcLxid) &&
-		keep(&memory->elsewhere, pool->elsewhere))
+	if (pool->looked && !gathered && is_first && keep(&memory->elsewhere, pool->elsewhere))
 	{
 		memory->looked_at = GetCurrentTimestamp();
 		memory->composition = pool->composition;
 	}
-	memory->hash = hash;
 	memory->stripe = pool->stripe;
 	memory->row = pool->stripe_row;
 	ItemPointerSetInvalid(&memory->part);
@@ -227,24 +266,15 @@ stripe_remember(const Pool *pool, bool gathered)
 bool
 stripe_recall(Pool *pool)
 {
-	uint32		hash;
-	Memory	   *memory = find_memory(pool, &hash);
+	Memory	   *memory = find_memory(pool);
 
-	if (memory->hash != hash || memory->stripe == 0 || !ItemPointerEquals(&memory->row.tid, &pool->stripe_row.tid) ||
+	if (memory == NULL || !ItemPointerEquals(&memory->row.tid, &pool->stripe_row.tid) ||
 		memory->looked_at == 0 || memory->composition != pool->composition ||
 		TimestampDifferenceExceeds(memory->looked_at, GetCurrentTimestamp(), RECALL_FOR_MS))
 		return false;
 	pool->elsewhere = palloc(LARGEST_AMOUNT);
 	memcpy(pool->elsewhere, memory->elsewhere.bytes, LARGEST_AMOUNT);
 	return true;
-}
-
-static void
-forget(const Pool *pool)
-{
-	uint32		hash;
-
-	memset(find_memory(pool, &hash), 0, sizeof(Memory));
 }
 
 /*
@@ -318,8 +348,6 @@ lock_same(Pool *pool, const StripeRow *row)
 {
 	Parameters	parameters = {0};
 
-	if (!TransactionIdIsValid(row->xmin))
-		return false;
 	parameter_add_pointer(&parameters, pool->account);
 	parameter_add_pointer(&parameters, &row->tid);
 	parameter_add(&parameters, TransactionIdGetDatum(row->xmin));
@@ -329,44 +357,53 @@ lock_same(Pool *pool, const StripeRow *row)
 	return true;
 }
 
+/* Locks the stripe that the transaction has locked before, if it has. */
+static bool
+lock_latest(Pool *pool)
+{
+	return latest_transaction == MyProcLxid && latest_account == hash_text(pool->account) &&
+		lock_same(pool, &latest);
+}
+
 /* Locks a stripe of a pool's account that is free: the transaction's, if it has one, or the session's. */
 static bool
 lock_free(Pool *pool)
 {
-	uint32		hash;
-	Memory	   *memory = find_memory(pool, &hash);
-	int			start = MyProcPid % PLENTY;
+	Memory	   *memory = find_memory(pool);
 
-	if (latest_transaction == MyProcLxid && latest_account == hash_text(pool->account) && lock_same(pool, &latest))
-		return true;
-	if (memory->hash == hash)
-	{
-		if (lock_same(pool, &memory->row))
-			return true;
-		start = memory->stripe;
-	}
-	return lock(pool, &lock_next_statement, start) || lock(pool, &lock_next_statement, 0);
+	return lock_latest(pool) || (memory && lock_same(pool, &memory->row)) ||
+		lock(pool, &lock_next_statement, memory ? memory->stripe : MyProcPid % MOST_STRIPES) ||
+		lock(pool, &lock_next_statement, 0);
+}
+
+/* Returns whether a pool is striped, one of whose account's stripes is locked. */
+static bool
+is_striped(const Pool *pool)
+{
+	Memory	   *memory = find_memory(pool);
+
+	/* it was, by the same rows */
+	return (memory && memory->row.xmin == pool->stripe_row.xmin) || stripe_count(pool) > 0;
 }
 
 /*
  * stripe_lock_plenty
  *		Locks a stripe that is free and has many times as much as a call needs,
- *		or that the transaction has worked in before; returns whether it did.
- *		Only for a pool that the session knows.
+ *		or that the transaction has locked before; returns whether it did, and
+ *		the pool is striped. Only for a pool that the session knows.
  */
 bool
 stripe_lock_plenty(Pool *pool, Numeric needed)
 {
-	uint32		hash;
-	Memory	   *memory = find_memory(pool, &hash);
+	Memory	   *memory = find_memory(pool);
 	Parameters	same = {0};
 	Parameters	next = {0};
 	Numeric		plenty;
 
-	if (memory->hash != hash)
+	if (memory == NULL)
 		return false;
-	if (memory->transaction == MyProcLxid)
-		return lock_same(pool, &memory->row);
+	if (lock_latest(pool))
+		return is_striped(pool);
 	plenty = amount_multiply(needed, int64_to_numeric(PLENTY));
 	parameter_add_pointer(&same, pool->account);
 	parameter_add_pointer(&same, &memory->row.tid);
@@ -397,37 +434,30 @@ stripe_lock_plenty(Pool *pool, Numeric needed)
 bool
 stripe_lock_free(Pool *pool)
 {
-	uint32		hash;
-	Memory	   *memory = find_memory(pool, &hash);
-
-	if (!lock_free(pool))
-		return false;
-	/* it was, by the same rows */
-	return (memory->hash == hash && memory->row.xmin == pool->stripe_row.xmin) || stripe_count(pool) > 0;
+	return lock_free(pool) && is_striped(pool);
 }
 
 /* Waits for a stripe; it may not be there any more by then. */
 static void
 wait_for_one(Pool *pool)
 {
-	uint32		hash;
-	const Memory *memory = find_memory(pool, &hash);
+	const Memory *memory = find_memory(pool);
 
-	lock(pool, &wait_statement, memory->hash == hash ? memory->stripe : MyProcPid % PLENTY);
+	lock(pool, &wait_statement, memory ? memory->stripe : MyProcPid % MOST_STRIPES);
 }
 
 /* Makes one of the stripes of the last result, which are all, the one that the call works in. */
 static void
 take_one_of_all(Pool *pool, uint64 n)
 {
-	int			stripe = remembered_stripe(pool);
+	const Memory *memory = find_memory(pool);
 	uint64		own = 0;
 
 	for (uint64 row = 0; row < n; row++)
 	{
 		bool		isnull;
 
-		if (DatumGetInt32(statement_value(row, 1, &isnull)) == stripe)
+		if (memory && DatumGetInt32(statement_value(row, 1, &isnull)) == memory->stripe)
 			own = row;
 	}
 	if (n > 0)
