@@ -38,7 +38,7 @@ $$;
 --
 -- How many
 --
-SELECT available FROM lease_topup('stripe:1', 'tokens', 10);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:1', 'tokens', 10);
 SELECT shares('stripe:1');
 SELECT lease_stripe('stripe:1', 'tokens', 4);
 SELECT lease_stripe('stripe:1', 'tokens', 4);
@@ -63,7 +63,7 @@ SELECT shares('stripe:1');
 SELECT striped, (SELECT count(*) FROM stripe s WHERE s.account = a.account) AS stripes FROM account a WHERE account = 'stripe:1';
 SELECT * FROM state('stripe:1');
 -- It is no movement of credit.
-SELECT kind, amount FROM ledger WHERE account = 'stripe:1';
+SELECT kind, trim_scale(amount) AS amount FROM ledger WHERE account = 'stripe:1';
 -- every number there is
 DO $$
 BEGIN
@@ -93,12 +93,12 @@ SELECT lease_stripe('stripe:1', 'images', 3);
 SELECT lease_stripe('stripe:new', 'tokens', 3);
 SELECT count(*) FROM account WHERE account = 'stripe:new';
 SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:new', 'tokens', 1) $$);
-SELECT applied, available FROM lease_try_consume('stripe:1', 'images', 1);
-SELECT available FROM lease_topup('stripe:1', 'images', 3);
-SELECT available FROM lease_topup('stripe:new', 'tokens', 30);
+SELECT applied, trim_scale(available) AS available FROM lease_try_consume('stripe:1', 'images', 1);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:1', 'images', 3);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:new', 'tokens', 30);
 SELECT shares('stripe:new');
-SELECT applied, available FROM lease_consume('stripe:1', 'images', 3);
-SELECT applied, available FROM lease_consume('stripe:new', 'tokens', 29);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:1', 'images', 3);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:new', 'tokens', 29);
 SELECT * FROM state('stripe:1');
 SELECT * FROM state('stripe:new');
 -- With two striped pools there are as many locks as the larger has.
@@ -110,43 +110,43 @@ SELECT credit, stripes FROM striped_pool WHERE account = 'stripe:1';
 --
 -- Shares: of whatever digits
 --
-SELECT available FROM lease_topup('stripe:2', 'a', 3);
-SELECT available FROM lease_topup('stripe:2', 'b', 0.000000000001);
-SELECT available FROM lease_topup('stripe:2', 'c', 1.000000000001);
-SELECT available FROM lease_topup('stripe:2', 'd', 99999999999999999999999999.999999999999);
-SELECT available FROM lease_topup('stripe:2', 'e', 0.5);
-SELECT available FROM lease_topup('stripe:2', 'f', 12.00);
-SELECT available FROM lease_topup('stripe:2', 'g', 1e20);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:2', 'a', 3);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:2', 'b', 0.000000000001);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:2', 'c', 1.000000000001);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:2', 'd', 99999999999999999999999999.999999999999);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:2', 'e', 0.5);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:2', 'f', 12.00);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:2', 'g', 1e20);
 SELECT c.credit, lease_stripe('stripe:2', c.credit, 4) FROM unnest('{a,b,c,d,e,f,g}'::text[]) c (credit);
 SELECT shares('stripe:2');
 SELECT * FROM state('stripe:2');
 -- What no row has alone
-SELECT amount, available FROM lease_consume('stripe:2', 'a', 3);
-SELECT amount, available FROM lease_consume('stripe:2', 'b', 0.000000000001);
-SELECT amount, available FROM lease_consume('stripe:2', 'c', 1);
-SELECT amount, available FROM lease_consume('stripe:2', 'c', 0.000000000001);
-SELECT amount, available FROM lease_consume('stripe:2', 'd', 99999999999999999999999999);
-SELECT amount, available FROM lease_consume('stripe:2', 'e', 0.45);
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:2', 'a', 3);
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:2', 'b', 0.000000000001);
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:2', 'c', 1);
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:2', 'c', 0.000000000001);
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:2', 'd', 99999999999999999999999999);
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:2', 'e', 0.45);
 SELECT * FROM state('stripe:2');
 
 --
 -- Spending: out of one row, out of several, and out of all
 --
-SELECT available FROM lease_topup('stripe:3', 'tokens', 100);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:3', 'tokens', 100);
 SELECT lease_stripe('stripe:3', 'tokens', 8);
-SELECT applied, amount, available, replayed FROM lease_consume('stripe:3', 'tokens', 1);
-SELECT applied, amount, available FROM lease_consume('stripe:3', 'tokens', 40);
-SELECT kind, amount, available FROM ledger WHERE account = 'stripe:3' ORDER BY entry_id;
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_consume('stripe:3', 'tokens', 1);
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:3', 'tokens', 40);
+SELECT kind, trim_scale(amount) AS amount, trim_scale(available) AS available FROM ledger WHERE account = 'stripe:3' ORDER BY entry_id;
 SELECT * FROM refused($$ SELECT credit_lease.lease_consume('stripe:3', 'tokens', 59.1) $$);
-SELECT applied, amount, available, entry_id FROM lease_try_consume('stripe:3', 'tokens', 60);
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available, entry_id FROM lease_try_consume('stripe:3', 'tokens', 60);
 SELECT changed_by($$ SELECT lease_try_consume('stripe:3', 'tokens', 60) $$);
 SELECT * FROM state('stripe:3');
-SELECT applied, amount, available FROM lease_try_consume('stripe:3', 'tokens', 58.5);
-SELECT applied, amount, available FROM lease_consume('stripe:3', 'tokens', 0.5);
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_try_consume('stripe:3', 'tokens', 58.5);
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_consume('stripe:3', 'tokens', 0.5);
 SELECT * FROM refused($$ SELECT credit_lease.lease_consume('stripe:3', 'tokens', 0.000000000001) $$);
 SELECT * FROM state('stripe:3');
 -- one by one, to the last, by several sessions
-SELECT available FROM lease_topup('stripe:3', 'tokens', 30);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:3', 'tokens', 30);
 SELECT count(*) FROM generate_series(1, 13) n, LATERAL lease_try_consume('stripe:3', 'tokens', 1) c WHERE c.applied;
 \c -
 :begin :noon
@@ -157,14 +157,14 @@ SELECT count(*) FROM generate_series(1, 13) n, LATERAL lease_try_consume('stripe
 SELECT * FROM state('stripe:3');
 
 -- Several calls in one transaction, which is rolled back to a savepoint
-SELECT available FROM lease_topup('stripe:3', 'tokens', 20);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:3', 'tokens', 20);
 BEGIN;
 SELECT applied FROM lease_consume('stripe:3', 'tokens', 3);
 SAVEPOINT s;
 SELECT applied FROM lease_consume('stripe:3', 'tokens', 17);
 SELECT applied FROM lease_try_consume('stripe:3', 'tokens', 1);
 ROLLBACK TO s;
-SELECT available, consumed FROM lease_balance('stripe:3');
+SELECT trim_scale(available) AS available, trim_scale(consumed) AS consumed FROM lease_balance('stripe:3');
 SELECT applied FROM lease_consume('stripe:3', 'tokens', 16);
 COMMIT;
 SELECT * FROM state('stripe:3');
@@ -183,18 +183,18 @@ BEGIN\; SELECT applied FROM lease_consume('stripe:3b', 'tokens', 2)\; SELECT app
 -- credit in any stripe
 --
 SELECT lease_stripe('stripe:4', 'tokens', 4);
-SELECT available FROM lease_topup('stripe:4', 'tokens', 10, priority => 100);
-SELECT available FROM lease_topup('stripe:4', 'tokens', 10, priority => 50);
-SELECT available FROM lease_topup('stripe:4', 'tokens', 10, priority => 100, expires_at => '2031-01-01');
-SELECT available FROM lease_topup('stripe:4', 'tokens', 1, priority => 1);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:4', 'tokens', 10, priority => 100);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:4', 'tokens', 10, priority => 50);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:4', 'tokens', 10, priority => 100, expires_at => '2031-01-01');
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:4', 'tokens', 1, priority => 1);
 SELECT spend, c.available, (SELECT tranches FROM state(left('stripe:4' || c.available, 8)))
   FROM unnest(ARRAY[0.5, 1, 6, 2, 1.5, 5, 7, 8]) spend, LATERAL lease_consume('stripe:4', 'tokens', spend) c;
-SELECT kind, amount, available FROM ledger WHERE account = 'stripe:4' AND kind = 'consume' ORDER BY entry_id;
+SELECT kind, trim_scale(amount) AS amount, trim_scale(available) AS available FROM ledger WHERE account = 'stripe:4' AND kind = 'consume' ORDER BY entry_id;
 -- A later one that burns first
-SELECT applied, available FROM lease_try_consume('stripe:4', 'tokens', 1);
-SELECT available FROM lease_topup('stripe:4', 'tokens', 1000, priority => 100);
+SELECT applied, trim_scale(available) AS available FROM lease_try_consume('stripe:4', 'tokens', 1);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:4', 'tokens', 1000, priority => 100);
 SELECT applied FROM lease_consume('stripe:4', 'tokens', 1);
-SELECT available FROM lease_topup('stripe:4', 'tokens', 2, priority => 10);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:4', 'tokens', 2, priority => 10);
 SELECT applied FROM lease_consume('stripe:4', 'tokens', 1);
 SELECT tranches, findings FROM state('stripe:4');
 \c -
@@ -204,7 +204,7 @@ SELECT applied FROM lease_consume('stripe:4', 'tokens', 1);
 SELECT tranches, findings FROM state('stripe:4');
 -- A refund goes back to where it burns first.
 SELECT entry_id FROM ledger WHERE account = 'stripe:4' AND kind = 'consume' ORDER BY entry_id LIMIT 1 \gset
-SELECT amount FROM lease_refund('stripe:4', :entry_id);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:4', :entry_id);
 SELECT tranches FROM state('stripe:4');
 SELECT applied FROM lease_consume('stripe:4', 'tokens', 1);
 SELECT tranches, findings FROM state('stripe:4');
@@ -212,24 +212,24 @@ SELECT tranches, findings FROM state('stripe:4');
 --
 -- Holds, which end in other sessions than they began in
 --
-SELECT available FROM lease_topup('stripe:5', 'tokens', 20);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:5', 'tokens', 20);
 SELECT lease_stripe('stripe:5', 'tokens', 5);
-SELECT reservation_id AS r1, applied, amount, available, expires_at, replayed FROM lease_reserve('stripe:5', 'tokens', 2, '1 hour') \gset r1_
+SELECT reservation_id AS r1, applied, trim_scale(amount) AS amount, trim_scale(available) AS available, expires_at, replayed FROM lease_reserve('stripe:5', 'tokens', 2, '1 hour') \gset r1_
 \set r1 :r1_r1
 \echo :r1_applied :r1_amount :r1_available :r1_expires_at :r1_replayed
 SELECT reservation_id AS r2 FROM lease_reserve('stripe:5', 'tokens', 11, '1 hour') \gset
 SELECT * FROM state('stripe:5');
 -- as much as there is
 SELECT * FROM refused($$ SELECT credit_lease.lease_reserve('stripe:5', 'tokens', 8) $$);
-SELECT applied, amount, available FROM lease_try_reserve('stripe:5', 'tokens', 9, min_amount => 8);
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_try_reserve('stripe:5', 'tokens', 9, min_amount => 8);
 SELECT reservation_id AS r3 FROM lease_reserve('stripe:5', 'tokens', 50, '1 hour', min_amount => 7) \gset
-SELECT amount FROM open_reservation WHERE account = 'stripe:5' ORDER BY reservation_id;
+SELECT trim_scale(amount) AS amount FROM open_reservation WHERE account = 'stripe:5' ORDER BY reservation_id;
 SELECT * FROM state('stripe:5');
 SELECT * FROM refused($$ SELECT credit_lease.lease_reserve('stripe:5', 'tokens', 1, min_amount => 0.1) $$);
 \c -
 :begin :noon
-SELECT consumed, refunded, shortfall, available, replayed FROM lease_settle('stripe:5', :r2, 4);
-SELECT consumed, refunded, shortfall, available, replayed FROM lease_settle('stripe:5', :r2, 4);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall, trim_scale(available) AS available, replayed FROM lease_settle('stripe:5', :r2, 4);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall, trim_scale(available) AS available, replayed FROM lease_settle('stripe:5', :r2, 4);
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_settle('stripe:5', %s, 5) $$, :r2));
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_renew('stripe:5', %s) $$, :r2));
 SELECT lease_cancel('stripe:5', :r2);
@@ -237,7 +237,7 @@ SELECT * FROM state('stripe:5');
 \c -
 :begin :noon
 -- more of it, out of several stripes
-SELECT amount, expires_at FROM lease_renew('stripe:5', :r1, '2 hours', 5);
+SELECT trim_scale(amount) AS amount, expires_at FROM lease_renew('stripe:5', :r1, '2 hours', 5);
 SELECT * FROM refused(format($$ SELECT credit_lease.lease_renew('stripe:5', %s, '3 hours', 3) $$, :r1));
 SELECT * FROM state('stripe:5');
 \c -
@@ -246,16 +246,16 @@ SELECT * FROM state('stripe:5');
 SELECT * FROM refused(format($$ SELECT credit_lease.lease_settle('stripe:5', %s, 8, 'refuse') $$, :r1));
 SELECT lease_cancel('stripe:5', :r3);
 SELECT lease_cancel('stripe:5', :r3);
-SELECT consumed, refunded, shortfall, available FROM lease_settle('stripe:5', :r1, 15, 'charge');
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall, trim_scale(available) AS available FROM lease_settle('stripe:5', :r1, 15, 'charge');
 SELECT * FROM state('stripe:5');
 SELECT reservation_id AS r4 FROM lease_reserve('stripe:5', 'tokens', 0.5) \gset
-SELECT consumed, refunded, shortfall, available FROM lease_settle('stripe:5', :r4, 2, 'clamp');
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall, trim_scale(available) AS available FROM lease_settle('stripe:5', :r4, 2, 'clamp');
 SELECT reservation_id AS r5 FROM lease_reserve('stripe:5', 'tokens', 0.25) \gset
 \c -
 :begin :noon
-SELECT consumed, refunded, shortfall, available FROM lease_settle('stripe:5', :r5, 3, 'charge');
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall, trim_scale(available) AS available FROM lease_settle('stripe:5', :r5, 3, 'charge');
 SELECT * FROM state('stripe:5');
-SELECT status, amount, consumed, refunded, shortfall FROM reservation WHERE account = 'stripe:5' ORDER BY reservation_id;
+SELECT status, trim_scale(amount) AS amount, trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall FROM reservation WHERE account = 'stripe:5' ORDER BY reservation_id;
 SELECT code FROM refusal($$ SELECT credit_lease.lease_settle('stripe:5', 0) $$);
 SELECT code FROM refusal($$ SELECT credit_lease.lease_cancel('stripe:5', 0) $$);
 SELECT code FROM refusal($$ SELECT credit_lease.lease_renew('stripe:nobody', 1) $$);
@@ -267,13 +267,13 @@ SELECT reservation_id AS r6 FROM lease_reserve('stripe:5', 'wide', 10) \gset
 \c -
 :begin :noon
 SELECT tranches FROM state('stripe:5') WHERE credit = 'wide';
-SELECT consumed, refunded, shortfall, available FROM lease_settle('stripe:5', :r6, 4);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall, trim_scale(available) AS available FROM lease_settle('stripe:5', :r6, 4);
 SELECT * FROM state('stripe:5');
 
 --
 -- Expired holds are there for whoever needs them, and not before (rule 7)
 --
-SELECT available FROM lease_topup('stripe:6', 'tokens', 12);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:6', 'tokens', 12);
 SELECT lease_stripe('stripe:6', 'tokens', 3);
 SELECT reservation_id AS r1 FROM lease_reserve('stripe:6', 'tokens', 3, '1 minute') \gset
 \c -
@@ -282,7 +282,7 @@ SELECT reservation_id AS r2 FROM lease_reserve('stripe:6', 'tokens', 3, '1 minut
 SELECT reservation_id AS r3 FROM lease_reserve('stripe:6', 'tokens', 3, '1 hour') \gset
 SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:6', 'tokens', 4) $$);
 SET credit_lease.mock_now = '2030-01-01 12:01:00+00';
-SELECT available, reserved FROM lease_balance('stripe:6');
+SELECT trim_scale(available) AS available, trim_scale(reserved) AS reserved FROM lease_balance('stripe:6');
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_settle('stripe:6', %s) $$, :r1));
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_renew('stripe:6', %s) $$, :r1));
 SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:6', 'tokens', 9.5) $$);
@@ -290,11 +290,11 @@ SELECT applied FROM lease_consume('stripe:6', 'tokens', 4);
 SELECT * FROM state('stripe:6');
 SELECT applied FROM lease_consume('stripe:6', 'tokens', 5);
 SELECT * FROM state('stripe:6');
-SELECT status, refunded FROM reservation WHERE account = 'stripe:6' ORDER BY reservation_id;
+SELECT status, trim_scale(refunded) AS refunded FROM reservation WHERE account = 'stripe:6' ORDER BY reservation_id;
 SELECT lease_cancel('stripe:6', :r1), lease_cancel('stripe:6', :r3);
 -- The sweep gives back what no call needed.
-SELECT amount FROM lease_reserve('stripe:6', 'tokens', 1, '1 minute');
-SELECT amount FROM lease_reserve('stripe:6', 'tokens', 1, '1 minute');
+SELECT trim_scale(amount) AS amount FROM lease_reserve('stripe:6', 'tokens', 1, '1 minute');
+SELECT trim_scale(amount) AS amount FROM lease_reserve('stripe:6', 'tokens', 1, '1 minute');
 SET credit_lease.mock_now = '2030-01-01 12:02:00+00';
 SELECT lease_reclaim() >= 1 AS given_back;
 SELECT * FROM state('stripe:6');
@@ -310,29 +310,29 @@ SELECT * FROM state('stripe:6');
 -- Expired tranches are no credit, and what comes back to them is gone (rule 8)
 --
 SELECT lease_stripe('stripe:7', 'tokens', 4);
-SELECT available FROM lease_topup('stripe:7', 'tokens', 20, expires_at => '2030-01-01 13:00:00+00');
-SELECT available FROM lease_topup('stripe:7', 'tokens', 5);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:7', 'tokens', 20, expires_at => '2030-01-01 13:00:00+00');
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:7', 'tokens', 5);
 SELECT entry_id FROM lease_consume('stripe:7', 'tokens', 6) \gset
 SELECT reservation_id AS r1 FROM lease_reserve('stripe:7', 'tokens', 8, '2 hours') \gset
 SELECT reservation_id AS r2 FROM lease_reserve('stripe:7', 'tokens', 2, '2 hours') \gset
 SELECT * FROM state('stripe:7');
 SET credit_lease.mock_now = '2030-01-01 13:00:00+00';
-SELECT available, reserved, expired FROM lease_balance('stripe:7');
+SELECT trim_scale(available) AS available, trim_scale(reserved) AS reserved, trim_scale(expired) AS expired FROM lease_balance('stripe:7');
 SELECT code, detail FROM refusal($$ SELECT credit_lease.lease_consume('stripe:7', 'tokens', 6) $$);
 \c -
 :begin
 SET credit_lease.mock_now = '2030-01-01 13:00:00+00';
-SELECT consumed, refunded, available FROM lease_settle('stripe:7', :r1, 3);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(available) AS available FROM lease_settle('stripe:7', :r1, 3);
 SELECT lease_cancel('stripe:7', :r2);
-SELECT amount FROM lease_refund('stripe:7', :entry_id, 4);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:7', :entry_id, 4);
 SELECT * FROM state('stripe:7');
 SELECT applied FROM lease_consume('stripe:7', 'tokens', 5);
 SELECT applied FROM lease_try_consume('stripe:7', 'tokens', 0.1);
 SELECT * FROM state('stripe:7');
 -- The sweep writes them off.
 SELECT lease_reclaim() IS NOT NULL AS swept;
-SELECT kind, amount, lapsed FROM ledger WHERE account = 'stripe:7' AND (kind = 'expire' OR lapsed IS NOT NULL) ORDER BY entry_id;
-SELECT granted, remaining, consumed, expired FROM whole_tranche WHERE account = 'stripe:7' ORDER BY tranche_id;
+SELECT kind, trim_scale(amount) AS amount, trim_scale(lapsed) AS lapsed FROM ledger WHERE account = 'stripe:7' AND (kind = 'expire' OR lapsed IS NOT NULL) ORDER BY entry_id;
+SELECT trim_scale(granted) AS granted, trim_scale(remaining) AS remaining, trim_scale(consumed) AS consumed, trim_scale(expired) AS expired FROM whole_tranche WHERE account = 'stripe:7' ORDER BY tranche_id;
 SELECT * FROM state('stripe:7');
 SELECT count(*) FROM open_lease WHERE account = 'stripe:7';
 :noon
@@ -340,36 +340,36 @@ SELECT count(*) FROM open_lease WHERE account = 'stripe:7';
 --
 -- Refunds
 --
-SELECT available FROM lease_topup('stripe:8', 'tokens', 12, priority => 1);
-SELECT available FROM lease_topup('stripe:8', 'tokens', 12, priority => 2);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:8', 'tokens', 12, priority => 1);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:8', 'tokens', 12, priority => 2);
 SELECT lease_stripe('stripe:8', 'tokens', 4);
 SELECT entry_id AS e1 FROM lease_consume('stripe:8', 'tokens', 2) \gset
 SELECT entry_id AS e2 FROM lease_consume('stripe:8', 'tokens', 13) \gset
 SELECT * FROM state('stripe:8');
 \c -
 :begin :noon
-SELECT amount, replayed FROM lease_refund('stripe:8', :e1, 1.5, 'slow', 'refund');
-SELECT amount, replayed FROM lease_refund('stripe:8', :e1, 1.5, 'slow', 'refund');
+SELECT trim_scale(amount) AS amount, replayed FROM lease_refund('stripe:8', :e1, 1.5, 'slow', 'refund');
+SELECT trim_scale(amount) AS amount, replayed FROM lease_refund('stripe:8', :e1, 1.5, 'slow', 'refund');
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_refund('stripe:8', %s, 1, 'slow', 'refund') $$, :e1));
 SELECT * FROM refused(format($$ SELECT credit_lease.lease_refund('stripe:8', %s, 1) $$, :e1));
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_refund('stripe:8', %s, 3) $$, :e1));
-SELECT amount FROM lease_refund('stripe:8', :e1);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:8', :e1);
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_refund('stripe:8', %s) $$, :e1));
 SELECT code FROM refusal($$ SELECT credit_lease.lease_refund('stripe:8', 0) $$);
 SELECT * FROM state('stripe:8');
 -- of both tranches, the last burned first
-SELECT amount FROM lease_refund('stripe:8', :e2, 5);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:8', :e2, 5);
 SELECT * FROM state('stripe:8');
 \c -
 :begin :noon
-SELECT amount FROM lease_refund('stripe:8', :e2);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:8', :e2);
 SELECT * FROM state('stripe:8');
-SELECT kind, amount FROM ledger WHERE account = 'stripe:8' AND refund_of IS NOT NULL ORDER BY entry_id;
+SELECT kind, trim_scale(amount) AS amount FROM ledger WHERE account = 'stripe:8' AND refund_of IS NOT NULL ORDER BY entry_id;
 -- to a tranche that was used up, and closed
 SELECT entry_id AS e3 FROM lease_consume('stripe:8', 'tokens', 24) \gset
 SELECT lease_stripe('stripe:8', 'tokens', 3);
 SELECT granted, open FROM tranche WHERE account = 'stripe:8' ORDER BY tranche_id;
-SELECT amount FROM lease_refund('stripe:8', :e3, 18);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:8', :e3, 18);
 SELECT granted, open FROM tranche WHERE account = 'stripe:8' ORDER BY tranche_id;
 SELECT shares('stripe:8');
 SELECT * FROM state('stripe:8');
@@ -379,34 +379,34 @@ SELECT * FROM state('stripe:8');
 --
 -- Adjustments, and what comes in
 --
-SELECT available FROM lease_topup('stripe:9', 'tokens', 10);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:9', 'tokens', 10);
 SELECT lease_stripe('stripe:9', 'tokens', 4);
-SELECT amount, available FROM lease_adjust('stripe:9', 'tokens', 6, 'goodwill');
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_adjust('stripe:9', 'tokens', 6, 'goodwill');
 SELECT shares('stripe:9');
-SELECT amount, available, replayed FROM lease_adjust('stripe:9', 'tokens', -12, 'paid twice', 'k');
-SELECT amount, available, replayed FROM lease_adjust('stripe:9', 'tokens', -12, 'paid twice', 'k');
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_adjust('stripe:9', 'tokens', -12, 'paid twice', 'k');
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_adjust('stripe:9', 'tokens', -12, 'paid twice', 'k');
 SELECT * FROM refused($$ SELECT credit_lease.lease_adjust('stripe:9', 'tokens', -4.5, 'paid twice') $$);
-SELECT granted, remaining, revoked FROM whole_tranche WHERE account = 'stripe:9' ORDER BY tranche_id;
-SELECT amount, available, replayed FROM lease_topup('stripe:9', 'tokens', 3, 'top');
-SELECT amount, available, replayed FROM lease_topup('stripe:9', 'tokens', 3, 'top');
+SELECT trim_scale(granted) AS granted, trim_scale(remaining) AS remaining, revoked FROM whole_tranche WHERE account = 'stripe:9' ORDER BY tranche_id;
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_topup('stripe:9', 'tokens', 3, 'top');
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_topup('stripe:9', 'tokens', 3, 'top');
 SELECT code FROM refusal($$ SELECT credit_lease.lease_topup('stripe:9', 'tokens', 4, 'top') $$);
 SELECT shares('stripe:9');
-SELECT amount, available FROM lease_adjust('stripe:9', 'tokens', -7, 'all of it');
+SELECT trim_scale(amount) AS amount, trim_scale(available) AS available FROM lease_adjust('stripe:9', 'tokens', -7, 'all of it');
 SELECT * FROM state('stripe:9');
 
 --
 -- Keys (rule 5): a replay touches nothing
 --
-SELECT available FROM lease_topup('stripe:10', 'tokens', 9);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:10', 'tokens', 9);
 SELECT lease_stripe('stripe:10', 'tokens', 3);
-SELECT applied, amount, available, replayed FROM lease_consume('stripe:10', 'tokens', 4, 'k1');
-SELECT reservation_id AS r1, amount, available, replayed FROM lease_reserve('stripe:10', 'tokens', 4, '1 hour', 'k2') \gset
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_consume('stripe:10', 'tokens', 4, 'k1');
+SELECT reservation_id AS r1, trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_reserve('stripe:10', 'tokens', 4, '1 hour', 'k2') \gset
 \c -
 :begin :noon
 SELECT changed_by($$ SELECT lease_consume('stripe:10', 'tokens', 4, 'k1') $$);
-SELECT applied, amount, available, replayed FROM lease_consume('stripe:10', 'tokens', 4, 'k1');
-SELECT applied, amount, available, replayed FROM lease_try_consume('stripe:10', 'tokens', 4, 'k1');
-SELECT reservation_id = :r1 AS same, amount, available, replayed FROM lease_reserve('stripe:10', 'tokens', 4, '1 hour', 'k2');
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_consume('stripe:10', 'tokens', 4, 'k1');
+SELECT applied, trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_try_consume('stripe:10', 'tokens', 4, 'k1');
+SELECT reservation_id = :r1 AS same, trim_scale(amount) AS amount, trim_scale(available) AS available, replayed FROM lease_reserve('stripe:10', 'tokens', 4, '1 hour', 'k2');
 SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:10', 'tokens', 1, 'k1') $$);
 SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:10', 'images', 4, 'k1') $$);
 SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:10', 'tokens', 4, 'k2') $$);
@@ -416,8 +416,8 @@ SELECT * FROM state('stripe:10');
 --
 -- Freezes: every stripe
 --
-SELECT available FROM lease_topup('stripe:11', 'tokens', 9);
-SELECT available FROM lease_topup('stripe:11', 'images', 9);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:11', 'tokens', 9);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:11', 'images', 9);
 SELECT lease_stripe('stripe:11', 'tokens', 3);
 SELECT reservation_id AS r1 FROM lease_reserve('stripe:11', 'tokens', 2, '1 hour') \gset
 SELECT entry_id FROM lease_consume('stripe:11', 'tokens', 1) \gset
@@ -430,10 +430,10 @@ SELECT applied FROM lease_consume('stripe:11', 'images', 1);
 SELECT code FROM refusal($$ SELECT credit_lease.lease_reserve('stripe:11', 'tokens', 1) $$);
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_renew('stripe:11', %s) $$, :r1));
 -- it settles what it has held, and nothing above it; money comes in
-SELECT consumed, shortfall FROM lease_settle('stripe:11', :r1, 3);
-SELECT amount FROM lease_refund('stripe:11', :entry_id);
-SELECT amount FROM lease_adjust('stripe:11', 'tokens', -1, 'paid twice');
-SELECT amount FROM lease_topup('stripe:11', 'tokens', 1);
+SELECT trim_scale(consumed) AS consumed, trim_scale(shortfall) AS shortfall FROM lease_settle('stripe:11', :r1, 3);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:11', :entry_id);
+SELECT trim_scale(amount) AS amount FROM lease_adjust('stripe:11', 'tokens', -1, 'paid twice');
+SELECT trim_scale(amount) AS amount FROM lease_topup('stripe:11', 'tokens', 1);
 SELECT * FROM state('stripe:11');
 -- stripes that are made anew are frozen as well
 SELECT lease_stripe('stripe:11', 'tokens', 2), lease_stripe('stripe:11', 'images', 5);
@@ -448,7 +448,7 @@ SELECT applied FROM lease_consume('stripe:11', 'images', 7);
 SELECT * FROM state('stripe:11');
 -- a freeze before there is anything
 SELECT lease_freeze('stripe:12', 'tokens'), lease_stripe('stripe:12', 'tokens', 2);
-SELECT available FROM lease_topup('stripe:12', 'tokens', 4);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:12', 'tokens', 4);
 SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:12', 'tokens', 1) $$);
 SELECT lease_unfreeze('stripe:12', 'tokens');
 SELECT applied FROM lease_consume('stripe:12', 'tokens', 4);
@@ -461,12 +461,12 @@ SELECT lease_stripe('stripe:13', 'tokens', 4);
 SELECT lease_install('stripe:13', 'tokens', 'L1', 40, '2030-01-01 12:10:00+00');
 SELECT lease_install('stripe:13', 'tokens', 'L2', 40, '2030-01-01 12:10:00+00');
 SELECT shares('stripe:13');
-SELECT available FROM lease_topup('stripe:13', 'tokens', 1000, expires_at => '2030-01-01 14:00:00+00');
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:13', 'tokens', 1000, expires_at => '2030-01-01 14:00:00+00');
 SELECT entry_id FROM lease_consume('stripe:13', 'tokens', 25) \gset
 SELECT lease_extend('stripe:13', 'tokens', 'L1', 40), lease_extend('stripe:13', 'tokens', 'L1', 44), lease_extend('stripe:13', 'tokens', 'L1', 44);
 SELECT applied FROM lease_consume('stripe:13', 'tokens', 18);
 SELECT * FROM state('stripe:13');
-SELECT lease_id, granted, remaining FROM open_lease WHERE account = 'stripe:13' ORDER BY expires_at;
+SELECT lease_id, trim_scale(granted) AS granted, trim_scale(remaining) AS remaining FROM open_lease WHERE account = 'stripe:13' ORDER BY expires_at;
 -- used up, kept anew, and extended, it burns first as before
 SELECT applied FROM lease_consume('stripe:13', 'tokens', 1);
 SELECT lease_stripe('stripe:13', 'tokens', 3);
@@ -481,20 +481,20 @@ SELECT applied FROM lease_consume('stripe:13', 'tokens', 1);
 SELECT * FROM state('stripe:13');
 -- after the expiry that it had at first
 SET credit_lease.mock_now = '2030-01-01 12:30:00+00';
-SELECT available FROM lease_balance('stripe:13');
+SELECT trim_scale(available) AS available FROM lease_balance('stripe:13');
 SELECT applied FROM lease_try_consume('stripe:13', 'tokens', 1000);
 SELECT * FROM state('stripe:13');
 -- released: what is held can be settled, the rest is returned
 SELECT reservation_id AS r1 FROM lease_reserve('stripe:13', 'tokens', 1, '1 hour') \gset
 SELECT lease_release('stripe:13', 'tokens', 'nothing'), lease_release('stripe:13', 'tokens', 'L1'), lease_release('stripe:13', 'tokens', 'L1');
-SELECT granted, remaining, reserved, consumed, returned FROM whole_tranche WHERE account = 'stripe:13' AND lease_id = 'L1';
+SELECT trim_scale(granted) AS granted, trim_scale(remaining) AS remaining, trim_scale(reserved) AS reserved, trim_scale(consumed) AS consumed, returned FROM whole_tranche WHERE account = 'stripe:13' AND lease_id = 'L1';
 SELECT * FROM state('stripe:13');
 \c -
 :begin
 SET credit_lease.mock_now = '2030-01-01 12:30:00+00';
-SELECT consumed, refunded, available FROM lease_settle('stripe:13', :r1, 0.5);
-SELECT amount FROM lease_refund('stripe:13', :entry_id, 5);
-SELECT granted, remaining, reserved, consumed, returned FROM whole_tranche WHERE account = 'stripe:13' AND lease_id = 'L1';
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(available) AS available FROM lease_settle('stripe:13', :r1, 0.5);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:13', :entry_id, 5);
+SELECT trim_scale(granted) AS granted, trim_scale(remaining) AS remaining, trim_scale(reserved) AS reserved, trim_scale(consumed) AS consumed, returned FROM whole_tranche WHERE account = 'stripe:13' AND lease_id = 'L1';
 SELECT * FROM state('stripe:13');
 SELECT lease_install('stripe:13', 'tokens', 'L1', 5, '2030-01-01 16:00:00+00'), lease_install('stripe:13', 'tokens', 'L2', 5, '2030-01-01 16:00:00+00');
 SELECT applied FROM lease_consume('stripe:13', 'tokens', 5);
@@ -506,22 +506,22 @@ SELECT * FROM state('stripe:13');
 -- Features
 --
 INSERT INTO meter (feature, credit, rate, preference) VALUES ('stripe.call', 'tokens', 0.5, 1), ('stripe.any', 'tokens', 1, 1), ('stripe.any', 'images', 2, 2);
-SELECT available FROM lease_topup('stripe:14', 'tokens', 10);
-SELECT available FROM lease_topup('stripe:14', 'images', 10);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:14', 'tokens', 10);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:14', 'images', 10);
 SELECT lease_stripe('stripe:14', 'tokens', 4), lease_stripe('stripe:14', 'images', 2);
-SELECT allowed, reason, reservation_id AS r1, credit, amount FROM lease_check('stripe:14', 'stripe.call', 7) \gset c_
+SELECT allowed, reason, reservation_id AS r1, credit, trim_scale(amount) AS amount FROM lease_check('stripe:14', 'stripe.call', 7) \gset c_
 \echo :c_allowed :c_reason :c_credit :c_amount
-SELECT allowed, reason, credit, amount FROM lease_check('stripe:14', 'stripe.call', 14);
-SELECT allowed, credit, amount FROM lease_explain('stripe:14', 'stripe.any', 5);
-SELECT allowed, credit, amount, reservation_id AS r2 FROM lease_check('stripe:14', 'stripe.any', 5) \gset d_
+SELECT allowed, reason, credit, trim_scale(amount) AS amount FROM lease_check('stripe:14', 'stripe.call', 14);
+SELECT allowed, credit, trim_scale(amount) AS amount FROM lease_explain('stripe:14', 'stripe.any', 5);
+SELECT allowed, credit, trim_scale(amount) AS amount, reservation_id AS r2 FROM lease_check('stripe:14', 'stripe.any', 5) \gset d_
 \echo :d_allowed :d_credit :d_amount
 SELECT * FROM state('stripe:14');
 \c -
 :begin :noon
-SELECT settled, consumed, refunded, shortfall FROM lease_track('stripe:14', :c_r1, 9);
-SELECT settled, consumed, refunded, shortfall FROM lease_track('stripe:14', :c_r1, 9);
+SELECT settled, trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall FROM lease_track('stripe:14', :c_r1, 9);
+SELECT settled, trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall FROM lease_track('stripe:14', :c_r1, 9);
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_track('stripe:14', %s, 8) $$, :c_r1));
-SELECT settled, consumed, refunded, shortfall FROM lease_track('stripe:14', :d_r2, 2);
+SELECT settled, trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall FROM lease_track('stripe:14', :d_r2, 2);
 SELECT * FROM state('stripe:14');
 -- late, and more than there is
 SELECT reservation_id AS r3 FROM lease_check('stripe:14', 'stripe.call', 2, ttl => '1 minute') \gset
@@ -529,10 +529,10 @@ SET credit_lease.mock_now = '2030-01-01 12:05:00+00';
 \c -
 :begin
 SET credit_lease.mock_now = '2030-01-01 12:05:00+00';
-SELECT settled, consumed, refunded, shortfall FROM lease_track('stripe:14', :r3, 20);
+SELECT settled, trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(shortfall) AS shortfall FROM lease_track('stripe:14', :r3, 20);
 SELECT * FROM state('stripe:14');
 -- somebody passes without credit, and holds what there is
-SELECT allowed, reason, error, amount, reservation_id AS r4 FROM lease_check('stripe:14', 'stripe.any', 6, on_failure => 'open') \gset f_
+SELECT allowed, reason, error, trim_scale(amount) AS amount, reservation_id AS r4 FROM lease_check('stripe:14', 'stripe.any', 6, on_failure => 'open') \gset f_
 \echo :f_allowed :f_reason :f_error :f_amount
 SELECT * FROM state('stripe:14');
 :noon
@@ -540,14 +540,14 @@ SELECT * FROM state('stripe:14');
 --
 -- Holds that were there before the stripes, and after them
 --
-SELECT available FROM lease_topup('stripe:15', 'tokens', 9);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:15', 'tokens', 9);
 SELECT reservation_id AS r1 FROM lease_reserve('stripe:15', 'tokens', 2, '1 hour') \gset
 SELECT reservation_id AS r2 FROM lease_reserve('stripe:15', 'tokens', 2, '1 minute') \gset
 SELECT entry_id FROM lease_consume('stripe:15', 'tokens', 1) \gset
 SELECT lease_stripe('stripe:15', 'tokens', 3);
 SELECT * FROM state('stripe:15');
-SELECT consumed, refunded, available FROM lease_settle('stripe:15', :r1, 1);
-SELECT amount FROM lease_refund('stripe:15', :entry_id);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(available) AS available FROM lease_settle('stripe:15', :r1, 1);
+SELECT trim_scale(amount) AS amount FROM lease_refund('stripe:15', :entry_id);
 SELECT reservation_id AS r3 FROM lease_reserve('stripe:15', 'tokens', 4, '1 minute') \gset
 SELECT reservation_id AS r4 FROM lease_reserve('stripe:15', 'tokens', 1, '1 hour') \gset
 SELECT * FROM state('stripe:15');
@@ -557,20 +557,20 @@ SELECT * FROM state('stripe:15');
 SELECT hold_expires_at FROM tranche WHERE account = 'stripe:15';
 -- expired ones are found as ever
 SET credit_lease.mock_now = '2030-01-01 12:01:00+00';
-SELECT applied, available FROM lease_consume('stripe:15', 'tokens', 7);
-SELECT consumed, refunded, available FROM lease_settle('stripe:15', :r4);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:15', 'tokens', 7);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(available) AS available FROM lease_settle('stripe:15', :r4);
 SELECT status FROM reservation WHERE account = 'stripe:15' ORDER BY reservation_id;
 SELECT * FROM state('stripe:15');
 :noon
 -- a tranche of which nothing remains, but what is held
-SELECT available FROM lease_topup('stripe:16', 'tokens', 6);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:16', 'tokens', 6);
 SELECT reservation_id AS r1 FROM lease_reserve('stripe:16', 'tokens', 6, '1 hour') \gset
 SELECT lease_stripe('stripe:16', 'tokens', 3);
 SELECT * FROM state('stripe:16');
 SELECT lease_stripe('stripe:16', 'tokens', 2);
-SELECT consumed, refunded, available FROM lease_settle('stripe:16', :r1, 2);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded, trim_scale(available) AS available FROM lease_settle('stripe:16', :r1, 2);
 SELECT * FROM state('stripe:16');
-SELECT applied, available FROM lease_consume('stripe:16', 'tokens', 4);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:16', 'tokens', 4);
 SELECT lease_stripe('stripe:16', 'tokens', 1);
 SELECT remaining, consumed, open FROM tranche WHERE account = 'stripe:16';
 SELECT * FROM state('stripe:16');
@@ -578,8 +578,8 @@ SELECT * FROM state('stripe:16');
 --
 -- Policies by hand
 --
-SELECT available FROM lease_topup('stripe:17', 'tokens', 10);
-SELECT available FROM lease_topup('stripe:17', 'images', 10);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:17', 'tokens', 10);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:17', 'images', 10);
 INSERT INTO policy (account, credit, stripes) VALUES ('stripe:17', 'tokens', 2);
 SELECT credit, stripes FROM striped_pool WHERE account = 'stripe:17';
 UPDATE policy SET stripes = 3 WHERE account = 'stripe:17';
@@ -595,14 +595,14 @@ SELECT * FROM state('stripe:17');
 -- what stands for many is followed at the next top-up
 INSERT INTO policy (account, stripes) VALUES ('stripe:17', 4);
 SELECT credit, stripes FROM striped_pool WHERE account = 'stripe:17';
-SELECT available FROM lease_topup('stripe:17', 'tokens', 1);
-SELECT available FROM lease_adjust('stripe:17', 'images', 1, 'goodwill');
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:17', 'tokens', 1);
+SELECT trim_scale(available) AS available FROM lease_adjust('stripe:17', 'images', 1, 'goodwill');
 SELECT lease_install('stripe:17', 'leased', 'L1', 8, '2030-01-01 12:10:00+00');
 SELECT credit, stripes FROM striped_pool WHERE account = 'stripe:17' ORDER BY credit;
 SELECT shares('stripe:17');
 -- one pool's own word goes before it
 SELECT lease_stripe('stripe:17', 'images', 1);
-SELECT available FROM lease_topup('stripe:17', 'images', 1);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:17', 'images', 1);
 SELECT credit, stripes FROM striped_pool WHERE account = 'stripe:17' ORDER BY credit;
 SELECT applied FROM lease_consume('stripe:17', 'images', 11);
 SELECT applied FROM lease_consume('stripe:17', 'tokens', 11);
@@ -615,9 +615,9 @@ BEGIN;
 SELECT lease_stripe('stripe:17', 'tokens', 2);
 SELECT applied FROM lease_try_consume('stripe:17', 'tokens', 1);
 ROLLBACK;
-SELECT available FROM lease_topup('stripe:17', 'tokens', 5);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:17', 'tokens', 5);
 SELECT credit, stripes FROM striped_pool WHERE account = 'stripe:17' ORDER BY credit;
-SELECT applied, available FROM lease_consume('stripe:17', 'tokens', 1);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:17', 'tokens', 1);
 BEGIN;
 SELECT lease_stripe('stripe:17', 'tokens', 2);
 SELECT applied FROM lease_consume('stripe:17', 'tokens', 3);
@@ -627,17 +627,17 @@ SELECT lease_stripe('stripe:17', 'tokens', 3);
 SELECT * FROM state('stripe:17') WHERE credit = 'tokens';
 ROLLBACK;
 SELECT * FROM state('stripe:17') WHERE credit = 'tokens';
-SELECT applied, available FROM lease_consume('stripe:17', 'tokens', 4);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:17', 'tokens', 4);
 
 --
 -- REPEATABLE READ, alone
 --
-SELECT available FROM lease_topup('stripe:18', 'tokens', 12);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:18', 'tokens', 12);
 SELECT lease_stripe('stripe:18', 'tokens', 4);
 BEGIN ISOLATION LEVEL REPEATABLE READ;
 SELECT applied FROM lease_consume('stripe:18', 'tokens', 2);
 SELECT reservation_id AS r1 FROM lease_reserve('stripe:18', 'tokens', 5, '1 hour') \gset
-SELECT consumed, refunded FROM lease_settle('stripe:18', :r1, 6);
+SELECT trim_scale(consumed) AS consumed, trim_scale(refunded) AS refunded FROM lease_settle('stripe:18', :r1, 6);
 SELECT applied FROM lease_try_consume('stripe:18', 'tokens', 5);
 SELECT applied FROM lease_consume('stripe:18', 'tokens', 4);
 COMMIT;
@@ -646,7 +646,7 @@ SELECT * FROM state('stripe:18');
 --
 -- What somebody has done behind the functions' back (rule 3)
 --
-SELECT available FROM lease_topup('stripe:19', 'tokens', 40);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:19', 'tokens', 40);
 SELECT lease_stripe('stripe:19', 'tokens', 2);
 SELECT reservation_id AS held FROM lease_reserve('stripe:19', 'tokens', 4, '1 hour') \gset
 -- OWN is the stripe in which this session works.
