@@ -26,7 +26,9 @@
  * without them then. So no two functions deadlock, called how often and in
  * whatever order; but if two transactions end the same hold of a striped pool,
  * or use the same key, they wait for one another, and deadlock if they do so
- * with two in opposite orders.
+ * with two in opposite orders. Known and not understood yet: beside
+ * transactions of several calls, some of which lock everything, one that locks
+ * everything may be thrown out as a deadlock's victim.
  */
 #include "postgres.h"
 
