@@ -89,6 +89,8 @@ CREATE TABLE credit_lease.tranche (
 	returned numeric NOT NULL DEFAULT 0,
 	revoked numeric NOT NULL DEFAULT 0,
 	striped numeric NOT NULL DEFAULT 0,
+	overdrawn numeric NOT NULL DEFAULT 0,
+	trusted_until timestamptz,
 	PRIMARY KEY (account, credit, tranche_id)
 ) WITH (fillfactor = 70);	-- room for HOT updates
 ALTER SEQUENCE credit_lease.tranche_id_seq OWNED BY credit_lease.tranche.tranche_id;
@@ -98,31 +100,35 @@ CREATE INDEX tranche_expiry ON credit_lease.tranche (expires_at) WHERE open;
 CREATE UNIQUE INDEX tranche_lease ON credit_lease.tranche (lease_id, account, credit) WHERE kind = 'upstream';
 CREATE INDEX tranche_leased ON credit_lease.tranche (expires_at) WHERE kind = 'upstream' AND released_at IS NULL;
 CREATE INDEX tranche_slot ON credit_lease.tranche (account, credit, expires_at) WHERE kind = 'upstream';
+CREATE UNIQUE INDEX tranche_mirror ON credit_lease.tranche (account, credit, server) NULLS NOT DISTINCT WHERE kind = 'mirror';
 
 COMMENT ON TABLE credit_lease.tranche IS 'amounts of credit that pools draw on: granted = remaining + reserved + chunked + consumed + expired + returned + revoked + striped';
-COMMENT ON COLUMN credit_lease.tranche.kind IS 'grant: topped up here; upstream: a lease, set aside for us by an upstream';
+COMMENT ON COLUMN credit_lease.tranche.kind IS 'grant: topped up here; upstream: a lease, set aside for us by an upstream; mirror: a balance that lives elsewhere, see mirror';
 COMMENT ON COLUMN credit_lease.tranche.priority IS 'the lowest burns first, then the soonest expiry, then the oldest';
 COMMENT ON COLUMN credit_lease.tranche.expires_at IS 'from this instant nothing of it can be spent; NULL for never';
-COMMENT ON COLUMN credit_lease.tranche.server IS 'the foreign server that a lease came from; NULL for one installed without';
+COMMENT ON COLUMN credit_lease.tranche.server IS 'the foreign server that a lease or a balance came from; NULL for one that was told without';
 COMMENT ON COLUMN credit_lease.tranche.lease_id IS 'the upstream''s name of a lease; NULL for any other kind';
 COMMENT ON COLUMN credit_lease.tranche.released_at IS 'when a lease was released: since then nothing of it can be spent but what was held';
-COMMENT ON COLUMN credit_lease.tranche.refill_below IS 'the worker asks for more of the lease when no more than this remains; NULL for a lease that it does not look after';
+COMMENT ON COLUMN credit_lease.tranche.refill_below IS 'the worker asks for more of the lease, or for the balance of the mirror, when no more than this remains; NULL for one that it does not look after';
 COMMENT ON COLUMN credit_lease.tranche.refresh_at IS 'the worker asks from then on that a lease in use may live longer';
 COMMENT ON COLUMN credit_lease.tranche.hold_expires_at IS 'none of its holds expires earlier; NULL when it never had one';
-COMMENT ON COLUMN credit_lease.tranche.open IS 'something is left, held or carved out; only open tranches are read by calls';
+COMMENT ON COLUMN credit_lease.tranche.open IS 'something is left, held or carved out, or it is a mirror; only open tranches are read by calls';
 COMMENT ON COLUMN credit_lease.tranche.remaining IS 'can be spent or held, until expires_at';
 COMMENT ON COLUMN credit_lease.tranche.reserved IS 'in holds';
 COMMENT ON COLUMN credit_lease.tranche.chunked IS 'carved out for owners';
 COMMENT ON COLUMN credit_lease.tranche.consumed IS 'spent, less refunds';
 COMMENT ON COLUMN credit_lease.tranche.expired IS 'was left when the tranche expired';
-COMMENT ON COLUMN credit_lease.tranche.returned IS 'given back to where it was leased: what remained at the release, and what came back later';
-COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment';
+COMMENT ON COLUMN credit_lease.tranche.returned IS 'given back to where it was leased: what remained at the release, and what came back later; or came back to a mirror that was overdrawn';
+COMMENT ON COLUMN credit_lease.tranche.revoked IS 'taken away by an adjustment, or by a checkpoint';
 COMMENT ON COLUMN credit_lease.tranche.striped IS 'kept in tranche_stripe: there, too, are terms of it; see whole_tranche';
+COMMENT ON COLUMN credit_lease.tranche.overdrawn IS 'mirror: by how much less than nothing remains, as others have spent of the same balance; no term of the sum';
+COMMENT ON COLUMN credit_lease.tranche.trusted_until IS 'mirror: from this instant nothing of it can be spent, as its checkpoint is too old; NULL for never';
 COMMENT ON INDEX credit_lease.tranche_open IS 'the hot path: the tranches a pool can draw on';
 COMMENT ON INDEX credit_lease.tranche_expiry IS 'the sweep: what has expired';
 COMMENT ON INDEX credit_lease.tranche_lease IS 'a lease is installed once in its pool, for ever; and is not for two pools';
 COMMENT ON INDEX credit_lease.tranche_leased IS 'the leases that are alive';
 COMMENT ON INDEX credit_lease.tranche_slot IS 'the leases of a pool that are alive, used up or not';
+COMMENT ON INDEX credit_lease.tranche_mirror IS 'a pool has one mirror of each server, and one of none';
 
 -- What was held in one stripe may be settled in another, and refunded in a
 -- third: of a stripe alone those terms say what was done there, and can be
@@ -132,8 +138,6 @@ CREATE TABLE credit_lease.tranche_stripe (
 	credit text COLLATE "C" NOT NULL,
 	stripe integer NOT NULL,
 	tranche_id bigint NOT NULL,
-	priority integer NOT NULL,
-	expires_at timestamptz,
 	granted numeric NOT NULL DEFAULT 0,
 	chunked numeric NOT NULL DEFAULT 0,
 	reserved numeric NOT NULL DEFAULT 0,
@@ -145,8 +149,6 @@ CREATE TABLE credit_lease.tranche_stripe (
 	PRIMARY KEY (account, credit, stripe, tranche_id)
 ) WITH (fillfactor = 10);	-- room for HOT updates, and few rows on a page, as for stripe
 COMMENT ON TABLE credit_lease.tranche_stripe IS 'the parts of the tranches of striped pools, a row for each open tranche and each stripe of the account; changed under the lock of its stripe';
-COMMENT ON COLUMN credit_lease.tranche_stripe.priority IS 'as the tranche''s';
-COMMENT ON COLUMN credit_lease.tranche_stripe.expires_at IS 'as the tranche''s, or as it was before a lease was extended';
 COMMENT ON COLUMN credit_lease.tranche_stripe.granted IS 'the share of the tranche that was moved here: the sum of the other terms; the shares of all stripes are tranche.striped';
 COMMENT ON COLUMN credit_lease.tranche_stripe.remaining IS 'can be spent or held by a call that has locked the stripe';
 COMMENT ON COLUMN credit_lease.tranche_stripe.reserved IS 'was held here, less what of any hold was ended here';
@@ -156,7 +158,7 @@ SELECT t.account, t.credit, t.tranche_id, t.kind, t.priority, t.created_at, t.ex
 	   t.refill_below, t.refresh_at, t.owner, t.open, t.granted,
 	   t.chunked + s.chunked AS chunked, t.reserved + s.reserved AS reserved, t.remaining + s.remaining AS remaining,
 	   t.consumed + s.consumed AS consumed, t.expired + s.expired AS expired, t.returned + s.returned AS returned,
-	   t.revoked + s.revoked AS revoked
+	   t.revoked + s.revoked AS revoked, t.overdrawn, t.trusted_until
   FROM credit_lease.tranche t,
 	   LATERAL (SELECT coalesce(sum(p.chunked), 0) AS chunked, coalesce(sum(p.reserved), 0) AS reserved,
 			coalesce(sum(p.remaining), 0) AS remaining, coalesce(sum(p.consumed), 0) AS consumed,
@@ -204,7 +206,7 @@ COMMENT ON COLUMN credit_lease.reservation.amount IS 'what is or was held, added
 COMMENT ON COLUMN credit_lease.reservation.tranche_ids IS 'the tranches it came from';
 COMMENT ON COLUMN credit_lease.reservation.tranche_amounts IS 'how much came from each of them';
 COMMENT ON COLUMN credit_lease.reservation.consumed IS 'spent by the settlement, overage included; or by lease_track() after it had expired';
-COMMENT ON COLUMN credit_lease.reservation.refunded IS 'came back to what the pool can spend; what came back to an expired or released tranche did not';
+COMMENT ON COLUMN credit_lease.reservation.refunded IS 'came back to what the pool can spend; what came back to an expired or released tranche, or to an overdrawn mirror, did not';
 COMMENT ON COLUMN credit_lease.reservation.shortfall IS 'asked for at settlement and not there';
 COMMENT ON COLUMN credit_lease.reservation.overage IS 'the overage word of the settlement';
 COMMENT ON COLUMN credit_lease.reservation.end_entry_id IS 'the first ledger entry of the call that ended it';
@@ -236,26 +238,36 @@ CREATE TABLE credit_lease.chunk (
 	ended_at timestamptz,
 	tranche_ids bigint[] NOT NULL,
 	tranche_amounts numeric[] NOT NULL,
+	session text COLLATE "C",
+	accepted numeric,
+	units bigint,
+	deposited numeric,
 	PRIMARY KEY (account, chunk_id),
 	CHECK (status IN ('live', 'expired', 'released'))
 ) WITH (fillfactor = 50);	-- room for HOT updates of all that share a page
 CREATE INDEX chunk_live ON credit_lease.chunk (account, credit, expires_at) WHERE status = 'live';
 CREATE INDEX chunk_expiry ON credit_lease.chunk (expires_at) WHERE status = 'live';
+CREATE UNIQUE INDEX chunk_session ON credit_lease.chunk (account, session) WHERE session IS NOT NULL;
 
-COMMENT ON TABLE credit_lease.chunk IS 'amounts carved out of tranches, each for one owner, and how each ended: released or expired, exactly once; granted = remaining + consumed + returned';
+COMMENT ON TABLE credit_lease.chunk IS 'amounts carved out of tranches, each for one owner or as the deposit of a session, and how each ended: released or expired, exactly once; granted = remaining + consumed + returned';
 COMMENT ON COLUMN credit_lease.chunk.chunk_id IS 'a number that no tranche has';
-COMMENT ON COLUMN credit_lease.chunk.owner IS 'who alone can spend of it';
+COMMENT ON COLUMN credit_lease.chunk.owner IS 'who alone can spend of it; the name of a session';
 COMMENT ON COLUMN credit_lease.chunk.remaining IS 'can be spent by the owner, until expires_at; 0 once it has ended';
 COMMENT ON COLUMN credit_lease.chunk.returned IS 'what was not spent when it ended, and went back to its tranches';
 COMMENT ON COLUMN credit_lease.chunk.tranche_ids IS 'the tranches it came from, in the order in which it spends them';
 COMMENT ON COLUMN credit_lease.chunk.tranche_amounts IS 'how much came from each of them';
+COMMENT ON COLUMN credit_lease.chunk.session IS 'the name of a session, a chunk for cumulative spending: consumed <= accepted <= granted, its deposit; NULL for a plain chunk';
+COMMENT ON COLUMN credit_lease.chunk.accepted IS 'session: how much of it may be spent in all; only ever rises';
+COMMENT ON COLUMN credit_lease.chunk.units IS 'session: how many charges were applied';
+COMMENT ON COLUMN credit_lease.chunk.deposited IS 'session: what it was opened with';
+COMMENT ON INDEX credit_lease.chunk_session IS 'a name stands for one session of its account, for ever';
 COMMENT ON INDEX credit_lease.chunk_live IS 'the chunks of a pool by expiry';
 COMMENT ON INDEX credit_lease.chunk_expiry IS 'the sweep: expired chunks of every pool';
 
 CREATE TABLE credit_lease.ledger (
 	entry_id bigint NOT NULL DEFAULT pg_catalog.nextval('credit_lease.entry_id_seq'),
 	created_at timestamptz NOT NULL,
-	tranche_id bigint NOT NULL,
+	tranche_id bigint,
 	reservation_id bigint,
 	first_entry_id bigint,
 	refund_of bigint,
@@ -279,14 +291,14 @@ ALTER SEQUENCE credit_lease.entry_id_seq OWNED BY credit_lease.ledger.entry_id;
 CREATE UNIQUE INDEX ledger_key ON credit_lease.ledger (account, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
 COMMENT ON TABLE credit_lease.ledger IS 'append-only: one row for each tranche that a call touched';
-COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, track, cancel, expire, refund, adjust, install, extend, release, chunk, chunk_release or chunk_expire';
-COMMENT ON COLUMN credit_lease.ledger.tranche_id IS 'the tranche; the chunk, where it was spent of one';
-COMMENT ON COLUMN credit_lease.ledger.reservation_id IS 'the hold; the chunk, for what was carved out as one, spent of it, or came back from it';
-COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back, returned, carved out; negative only where an adjustment took away';
-COMMENT ON COLUMN credit_lease.ledger.released IS 'settle, track, and the end of a chunk: what came back to the pool; negative for what was taken from it above the hold';
+COMMENT ON COLUMN credit_lease.ledger.kind IS 'topup, consume, reserve, renew, settle, track, cancel, expire, refund, adjust, install, extend, release, sync, chunk, chunk_release, chunk_expire, session, session_charge, session_close or session_expire; shortfall for what could not be spent and was recorded';
+COMMENT ON COLUMN credit_lease.ledger.tranche_id IS 'the tranche; the chunk or the session, where it was spent of one; NULL for a shortfall';
+COMMENT ON COLUMN credit_lease.ledger.reservation_id IS 'the hold; the chunk or the session, for what was carved out as one, spent of it, or came back from it';
+COMMENT ON COLUMN credit_lease.ledger.amount IS 'what the call did to this tranche, in its own word: granted, consumed, held, given back, returned, carved out; negative only where an adjustment, or a checkpoint, took away';
+COMMENT ON COLUMN credit_lease.ledger.released IS 'settle, track, and the end of a chunk or a session: what came back to the pool; negative for what was taken from it above the hold';
 COMMENT ON COLUMN credit_lease.ledger.lapsed IS 'what came back to the tranche after it had expired, and expired with it';
-COMMENT ON COLUMN credit_lease.ledger.returned IS 'what came back to the tranche after its lease was released, and was returned with it';
-COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call; the chunk, where it was spent of one';
+COMMENT ON COLUMN credit_lease.ledger.returned IS 'what came back to the tranche after its lease was released, and was returned with it; or while the mirror was overdrawn';
+COMMENT ON COLUMN credit_lease.ledger.available IS 'what the pool could spend after the call; the chunk or the session, where it was spent of one';
 COMMENT ON COLUMN credit_lease.ledger.idempotency_key IS 'on the first row of a call';
 COMMENT ON COLUMN credit_lease.ledger.request IS 'the arguments of a call with a key, as far as no other column has them';
 COMMENT ON COLUMN credit_lease.ledger.first_entry_id IS 'the first row of the call, where this is another';
@@ -336,6 +348,8 @@ CREATE TABLE credit_lease.policy (
 	failure_mode text CHECK (failure_mode IN ('closed', 'open')),
 	smallest_unit numeric CHECK (smallest_unit >= 1e-12 AND smallest_unit < 1e26 AND min_scale(smallest_unit) <= 12),
 	stripes integer CHECK (stripes BETWEEN 1 AND 64),
+	sync_interval interval CHECK (sync_interval >= '1 second' AND sync_interval <= '1 year'),
+	max_staleness interval CHECK (max_staleness > '0' AND max_staleness <= '10 years'),
 	UNIQUE NULLS NOT DISTINCT (account, credit)
 );
 COMMENT ON TABLE credit_lease.policy IS 'settings by pool: NULL stands for every account, every credit; for each setting the most specific row that has a value decides, the account before the credit; see lease_policy()';
@@ -350,7 +364,9 @@ COMMENT ON COLUMN credit_lease.policy.safety_margin IS 'how long before its end 
 COMMENT ON COLUMN credit_lease.policy.hold_ttl IS 'how long a hold lives when the call does not say; 60 seconds where no row does';
 COMMENT ON COLUMN credit_lease.policy.failure_mode IS 'closed: lease_check() denies who has not enough credit; open: it lets them pass; closed where no row says';
 COMMENT ON COLUMN credit_lease.policy.smallest_unit IS 'lease_check() and lease_track() round amounts up to a multiple of it; 0.000000000001 where no row says';
-COMMENT ON COLUMN credit_lease.policy.stripes IS 'in how many rows each tranche of the pool is kept, so that as many calls can spend of it at a time; 1 where no row says';
+COMMENT ON COLUMN credit_lease.policy.stripes IS 'in how many rows each tranche of the pool is kept, so that as many calls can spend of it at a time; 1 where no row says; 1 for a pool with a mirror';
+COMMENT ON COLUMN credit_lease.policy.sync_interval IS 'how often the worker asks for the balance of a mirror, at least; 1 minute where no row says';
+COMMENT ON COLUMN credit_lease.policy.max_staleness IS 'how old the checkpoint of a mirror may be, if failure_mode is closed; as old as can be where no row says; counts from the next checkpoint on';
 
 -- A rule is kept by its name: a regprocedure would stand in the way of
 -- pg_upgrade.
@@ -381,7 +397,7 @@ COMMENT ON COLUMN credit_lease.meter.rule IS 'a function, with its schema: (acco
 CREATE TABLE credit_lease.upstream_request (
 	account text COLLATE "C" NOT NULL,
 	credit text COLLATE "C" NOT NULL,
-	kind text NOT NULL CHECK (kind IN ('acquire', 'extend', 'release')),
+	kind text NOT NULL CHECK (kind IN ('acquire', 'extend', 'release', 'balance')),
 	lease_id text COLLATE "C",
 	server text COLLATE "C" NOT NULL,
 	company_id text NOT NULL,
@@ -394,6 +410,8 @@ CREATE TABLE credit_lease.upstream_request (
 	attempts integer NOT NULL DEFAULT 0,
 	refused boolean NOT NULL DEFAULT false,
 	error text,
+	asked_at timestamptz,
+	acknowledged numeric,
 	UNIQUE NULLS NOT DISTINCT (account, credit, kind, lease_id)
 );
 CREATE INDEX upstream_request_due ON credit_lease.upstream_request (next_try_at);
@@ -402,6 +420,8 @@ COMMENT ON COLUMN credit_lease.upstream_request.expires_at IS 'until when the le
 COMMENT ON COLUMN credit_lease.upstream_request.idempotency_key IS 'is sent again with each try';
 COMMENT ON COLUMN credit_lease.upstream_request.refused IS 'the upstream has refused it, or what it answered was of no use; it is not asked again before next_try_at, nor unless somebody needs it then';
 COMMENT ON COLUMN credit_lease.upstream_request.error IS 'how the last try failed';
+COMMENT ON COLUMN credit_lease.upstream_request.asked_at IS 'balance: when it was asked for last';
+COMMENT ON COLUMN credit_lease.upstream_request.acknowledged IS 'balance: what lease_usage had there then, so that the answer includes that much';
 COMMENT ON INDEX credit_lease.upstream_request_due IS 'the worker: what to ask next';
 
 CREATE TABLE credit_lease.lease_usage (
@@ -414,16 +434,20 @@ CREATE TABLE credit_lease.lease_usage (
 	owed numeric NOT NULL DEFAULT 0,
 	upstream_balance numeric,
 	complete boolean NOT NULL DEFAULT false,
+	total numeric NOT NULL DEFAULT 0,
+	acknowledged numeric NOT NULL DEFAULT 0,
 	PRIMARY KEY (account, credit, tranche_id)
 );
 CREATE INDEX lease_usage_incomplete ON credit_lease.lease_usage (account, credit, tranche_id) WHERE NOT complete;
-COMMENT ON TABLE credit_lease.lease_usage IS 'how far the ledger has been read for reports, for each lease from a server';
-COMMENT ON COLUMN credit_lease.lease_usage.company_id IS 'the upstream''s name of the account; NULL for a lease that was installed by hand';
+COMMENT ON TABLE credit_lease.lease_usage IS 'how far the ledger has been read for reports, for each lease and mirror of a server';
+COMMENT ON COLUMN credit_lease.lease_usage.company_id IS 'the upstream''s name of the account; NULL for a lease or a mirror that was told by hand';
 COMMENT ON COLUMN credit_lease.lease_usage.entry_id IS 'entries up to this one have been read';
 COMMENT ON COLUMN credit_lease.lease_usage.consumed IS 'their sum: what was spent of the lease, less refunds';
 COMMENT ON COLUMN credit_lease.lease_usage.owed IS 'refunded after it was reported: taken off the next reports of the lease';
 COMMENT ON COLUMN credit_lease.lease_usage.upstream_balance IS 'what the upstream had beyond the lease when it last said so; 0 when it granted less than it was asked for';
 COMMENT ON COLUMN credit_lease.lease_usage.complete IS 'the lease has ended and all its usage has been read';
+COMMENT ON COLUMN credit_lease.lease_usage.total IS 'what of it was, or is to be, reported as a running total';
+COMMENT ON COLUMN credit_lease.lease_usage.acknowledged IS 'mirror: what the upstream has taken of its usage, in credits';
 COMMENT ON INDEX credit_lease.lease_usage_incomplete IS 'the worker: leases that may have usage to report';
 
 CREATE TABLE credit_lease.usage_report (
@@ -442,21 +466,59 @@ CREATE TABLE credit_lease.usage_report (
 	lane integer NOT NULL,
 	refused_at timestamptz,
 	error text,
+	credit_type_id text NOT NULL,
+	credits numeric,
+	cumulative boolean NOT NULL DEFAULT false,
 	PRIMARY KEY (account, entry_id)
 );
 CREATE INDEX usage_report_due ON credit_lease.usage_report (server, lane, entry_id) WHERE refused_at IS NULL;
 CREATE INDEX usage_report_tranche ON credit_lease.usage_report (account, credit, tranche_id) WHERE refused_at IS NULL;
 COMMENT ON TABLE credit_lease.usage_report IS 'usage that is to be reported to an upstream; a row leaves when the upstream has taken it, and stays when it has refused it for good';
 COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; or what reservation.track_entry_id has';
-COMMENT ON COLUMN credit_lease.usage_report.lease_id IS 'the lease that has paid, or the first of them; NULL where none has';
-COMMENT ON COLUMN credit_lease.usage_report.quantity IS 'credits; units of the feature for what lease_track() was told';
+COMMENT ON COLUMN credit_lease.usage_report.lease_id IS 'the lease that has paid, or the first of them; NULL where none has, or a mirror';
+COMMENT ON COLUMN credit_lease.usage_report.quantity IS 'credits; units of the feature for what lease_track() was told; the running total, where it is one';
 COMMENT ON COLUMN credit_lease.usage_report.traits IS 'what lease_track() was told of it';
-COMMENT ON COLUMN credit_lease.usage_report.idempotency_key IS 'by this the upstream counts it once: made of the lease, the entry and its time; or of the account, the reservation and its time';
+COMMENT ON COLUMN credit_lease.usage_report.idempotency_key IS 'by this the upstream counts it once: made of the lease, or of the account, the credit and the mirror, the entry and its time; or of the account, the reservation and its time';
 COMMENT ON COLUMN credit_lease.usage_report.lane IS 'one request of each lane is under way to a server at a time; from 4 on it is sent alone, as it was in one that was refused';
 COMMENT ON COLUMN credit_lease.usage_report.refused_at IS 'when it was refused for good';
+COMMENT ON COLUMN credit_lease.usage_report.credits IS 'mirror: what of its usage the upstream has taken with it; what it refuses stays pending';
+COMMENT ON COLUMN credit_lease.usage_report.cumulative IS 'the quantity is a running total of the lease or the mirror; a later one takes its place';
 COMMENT ON INDEX credit_lease.usage_report_due IS 'the worker: what to report next';
 COMMENT ON INDEX credit_lease.usage_report_tranche IS 'whether all usage of a lease has been reported, before it is released';
 
+-- What is known of a balance that lives elsewhere. What the checkpoint
+-- includes of what was spent here is kept as a sum, so that the next one has to
+-- look only at what it does not.
+CREATE TABLE credit_lease.mirror (
+	account text COLLATE "C" NOT NULL,
+	credit text COLLATE "C" NOT NULL,
+	tranche_id bigint NOT NULL,
+	balance numeric NOT NULL,
+	as_of timestamptz NOT NULL,
+	included numeric NOT NULL,
+	entry_id bigint,
+	synced_at timestamptz NOT NULL,
+	poll_at timestamptz,
+	PRIMARY KEY (account, credit, tranche_id)
+);
+COMMENT ON TABLE credit_lease.mirror IS 'the checkpoint of each mirror: remaining - overdrawn = balance - (consumed - included) - reserved - chunked';
+COMMENT ON COLUMN credit_lease.mirror.balance IS 'what there was elsewhere';
+COMMENT ON COLUMN credit_lease.mirror.as_of IS 'when';
+COMMENT ON COLUMN credit_lease.mirror.included IS 'what of the usage of the tranche is taken off the balance already; the rest is pending';
+COMMENT ON COLUMN credit_lease.mirror.entry_id IS 'usage up to this entry is included, and that of mirror_entry; NULL where it is what the upstream has acknowledged';
+COMMENT ON COLUMN credit_lease.mirror.synced_at IS 'when the checkpoint came in';
+COMMENT ON COLUMN credit_lease.mirror.poll_at IS 'the worker asks for the balance from then on; NULL for never';
+
+CREATE TABLE credit_lease.mirror_entry (
+	account text COLLATE "C" NOT NULL,
+	tranche_id bigint NOT NULL,
+	entry_id bigint NOT NULL,
+	PRIMARY KEY (account, tranche_id, entry_id)
+);
+COMMENT ON TABLE credit_lease.mirror_entry IS 'entries beyond mirror.entry_id that the checkpoint includes all the same';
+
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.mirror', '');
+SELECT pg_catalog.pg_extension_config_dump('credit_lease.mirror_entry', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.account', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.striped_pool', '');
 SELECT pg_catalog.pg_extension_config_dump('credit_lease.stripe', '');
@@ -527,6 +589,15 @@ COMMENT ON FUNCTION credit_lease.lease_clock() IS 'the instant by which everythi
 
 -- An expired hold or chunk that nobody has given back yet is counted as if
 -- somebody had.
+CREATE VIEW credit_lease.chunk_part AS
+SELECT c.account, c.credit, c.chunk_id, c.expires_at, p.tranche_id, p.amount, p.spent
+  FROM credit_lease.chunk c,
+	   LATERAL (SELECT u.tranche_id, u.amount,
+					   least(u.amount, greatest(c.consumed - (sum(u.amount) OVER (ORDER BY u.n) - u.amount), 0)) AS spent
+				  FROM unnest(c.tranche_ids, c.tranche_amounts) WITH ORDINALITY AS u (tranche_id, amount, n)) AS p
+ WHERE c.status = 'live';
+COMMENT ON VIEW credit_lease.chunk_part IS 'which tranches live chunks and sessions are of: how much came from each, and how much of that is spent, though the tranche learns of it only at the end';
+
 CREATE VIEW credit_lease.balance AS
 WITH clock AS MATERIALIZED (SELECT credit_lease.lease_clock() AS now),
 lapsed AS (
@@ -537,43 +608,47 @@ lapsed AS (
 	 GROUP BY r.account, r.credit, p.tranche_id
 ),
 carved AS (
-	SELECT c.account, c.credit, p.tranche_id, sum(p.spent) AS spent,
-		   coalesce(sum(p.amount - p.spent) FILTER (WHERE c.expires_at <= (SELECT now FROM clock)), 0) AS lapsed
-	  FROM credit_lease.chunk c,
-		   LATERAL (SELECT p.tranche_id, p.amount,
-						   least(p.amount, greatest(c.consumed - (sum(p.amount) OVER (ORDER BY p.n) - p.amount), 0)) AS spent
-					  FROM unnest(c.tranche_ids, c.tranche_amounts) WITH ORDINALITY AS p (tranche_id, amount, n)) AS p
-	 WHERE c.status = 'live'
-	 GROUP BY c.account, c.credit, p.tranche_id
+	SELECT p.account, p.credit, p.tranche_id, sum(p.spent) AS spent,
+		   coalesce(sum(p.amount - p.spent) FILTER (WHERE p.expires_at <= (SELECT now FROM clock)), 0) AS lapsed
+	  FROM credit_lease.chunk_part p
+	 GROUP BY p.account, p.credit, p.tranche_id
 ),
 tranche AS (
 	SELECT t.*, u.upstream_balance, coalesce(l.amount, 0) AS held, coalesce(c.spent, 0) AS spent, coalesce(c.lapsed, 0) AS carved,
-		   coalesce(l.amount, 0) + coalesce(c.lapsed, 0) AS lapsed,
-		   t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock)) AS alive
+		   greatest(t.remaining + coalesce(l.amount, 0) + coalesce(c.lapsed, 0) - t.overdrawn, 0) AS left_over,
+		   m.balance AS checkpoint, m.included, m.as_of,
+		   t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > (SELECT now FROM clock))
+			AND (t.trusted_until IS NULL OR t.trusted_until > (SELECT now FROM clock)) AS alive
 	  FROM credit_lease.whole_tranche t
 	  LEFT JOIN lapsed l ON l.account = t.account AND l.credit = t.credit AND l.tranche_id = t.tranche_id
-  LEFT JOIN carved c ON c.account = t.account AND c.credit = t.credit AND c.tranche_id = t.tranche_id
+	  LEFT JOIN carved c ON c.account = t.account AND c.credit = t.credit AND c.tranche_id = t.tranche_id
 	  LEFT JOIN credit_lease.lease_usage u ON u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id
+	  LEFT JOIN credit_lease.mirror m ON m.account = t.account AND m.credit = t.credit AND m.tranche_id = t.tranche_id
 )
 SELECT account, credit,
-	   coalesce(sum(remaining + lapsed) FILTER (WHERE alive), 0) AS available,
+	   coalesce(sum(left_over) FILTER (WHERE alive), 0) AS available,
 	   sum(reserved - held) AS reserved,
 	   sum(chunked - spent - carved) AS chunked,
 	   sum(consumed + spent) AS consumed,
-	   sum(expired) + coalesce(sum(remaining + lapsed) FILTER (WHERE NOT alive AND released_at IS NULL), 0) AS expired,
+	   sum(expired) + coalesce(sum(left_over) FILTER (WHERE NOT alive AND released_at IS NULL AND kind <> 'mirror'), 0) AS expired,
 	   sum(granted) AS granted,
-	   min(expires_at) FILTER (WHERE alive AND remaining + lapsed > 0) AS next_expiry,
-	   coalesce(sum(remaining + lapsed) FILTER (WHERE alive AND kind = 'upstream'), 0) AS leased,
-	   sum(upstream_balance) FILTER (WHERE alive) AS upstream_balance
+	   min(expires_at) FILTER (WHERE alive AND left_over > 0) AS next_expiry,
+	   coalesce(sum(left_over) FILTER (WHERE alive AND kind = 'upstream'), 0) AS leased,
+	   sum(upstream_balance) FILTER (WHERE alive) AS upstream_balance,
+	   sum(checkpoint) AS checkpoint, sum(consumed + spent - included) AS pending,
+	   min(as_of) AS checkpoint_as_of, (SELECT now FROM clock) - min(as_of) AS checkpoint_age
   FROM tranche
  GROUP BY account, credit;
 COMMENT ON VIEW credit_lease.balance IS 'what every pool has, by the clock: what has expired is not counted, swept or not';
 COMMENT ON COLUMN credit_lease.balance.available IS 'can be spent or held now';
-COMMENT ON COLUMN credit_lease.balance.chunked IS 'can be spent by the owners of chunks';
-COMMENT ON COLUMN credit_lease.balance.consumed IS 'spent, less refunds; of chunks too, as it happens';
+COMMENT ON COLUMN credit_lease.balance.chunked IS 'can be spent by the owners of chunks, and of sessions';
+COMMENT ON COLUMN credit_lease.balance.consumed IS 'spent, less refunds; of chunks and sessions too, as it happens';
 COMMENT ON COLUMN credit_lease.balance.next_expiry IS 'when the first of it expires; NULL for never';
 COMMENT ON COLUMN credit_lease.balance.leased IS 'the part of available that is from leases';
 COMMENT ON COLUMN credit_lease.balance.upstream_balance IS 'what the upstream has beyond the leases that are alive, as it last said; NULL where it has not said';
+COMMENT ON COLUMN credit_lease.balance.checkpoint IS 'the last balances that were told of its mirrors; NULL where it has none';
+COMMENT ON COLUMN credit_lease.balance.pending IS 'what was spent of its mirrors here, and is not taken off their checkpoints yet';
+COMMENT ON COLUMN credit_lease.balance.checkpoint_as_of IS 'when the oldest of the checkpoints was true';
 
 CREATE VIEW credit_lease.open_lease AS
 SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
@@ -581,11 +656,27 @@ SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
   FROM credit_lease.whole_tranche t
  WHERE ((t.open AND (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0)) OR t.kind = 'upstream') AND t.released_at IS NULL
    AND (t.expires_at IS NULL OR t.expires_at > (SELECT credit_lease.lease_clock()))
+   AND (t.trusted_until IS NULL OR t.trusted_until > (SELECT credit_lease.lease_clock()))
 UNION ALL
-SELECT c.account, c.credit, c.chunk_id, 'chunk', NULL, c.owner, NULL, c.granted, c.remaining, 0, NULL, c.expires_at
+SELECT c.account, c.credit, c.chunk_id, CASE WHEN c.session IS NULL THEN 'chunk' ELSE 'session' END, NULL, c.owner, NULL, c.granted, c.remaining, 0, NULL, c.expires_at
   FROM credit_lease.chunk c
  WHERE c.status = 'live' AND c.expires_at > (SELECT credit_lease.lease_clock());
-COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up, and leases that are, since they fill their slot; chunks too, as tranches of the kind chunk';
+COMMENT ON VIEW credit_lease.open_lease IS 'every tranche that is alive by the clock and not used up, and leases that are, since they fill their slot; chunks and sessions too, as tranches of the kinds chunk and session';
+
+-- A server has leases or mirrors; where it does not say, its dialect does.
+CREATE VIEW credit_lease.upstream AS
+SELECT s.srvname::text COLLATE "C" AS server, o.dialect,
+	   coalesce(o.supply, CASE o.dialect WHEN 'metronome' THEN 'mirror' ELSE 'lease' END) AS supply,
+	   coalesce(o.usage, 'events') AS usage
+  FROM pg_foreign_server s
+  JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'credit_lease',
+	   LATERAL (SELECT max(p.option_value) FILTER (WHERE p.option_name = 'dialect'),
+					   max(p.option_value) FILTER (WHERE p.option_name = 'supply'),
+					   max(p.option_value) FILTER (WHERE p.option_name = 'usage')
+				  FROM pg_options_to_table(s.srvoptions) p) AS o (dialect, supply, usage);
+COMMENT ON VIEW credit_lease.upstream IS 'every upstream, and how it supplies pools and is told of usage';
+COMMENT ON COLUMN credit_lease.upstream.supply IS 'lease: it sets credit aside for us; mirror: it says what there is';
+COMMENT ON COLUMN credit_lease.upstream.usage IS 'events: it is told of what was spent one by one; cumulative: as a running total';
 
 CREATE VIEW credit_lease.open_reservation AS
 SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_at, r.metadata, r.feature, r.quantity
@@ -601,7 +692,7 @@ SELECT r.account, r.reservation_id, r.credit, r.amount, r.created_at, r.expires_
 	OR (r.status = 'held' AND r.expires_at <= (SELECT credit_lease.lease_clock()));
 COMMENT ON VIEW credit_lease.expired_hold IS 'holds that expired, whose, and how much came back';
 COMMENT ON COLUMN credit_lease.expired_hold.reclaimed_at IS 'when it was given back; NULL while nobody has come by';
-COMMENT ON COLUMN credit_lease.expired_hold.returned IS 'what came back to the pool; the rest was of tranches that had expired too, or been released';
+COMMENT ON COLUMN credit_lease.expired_hold.returned IS 'what came back to the pool; the rest was of tranches that had expired too, been released or overdrawn';
 
 CREATE TYPE credit_lease.worker_result AS (running boolean, state text, pid integer, started_at timestamptz,
 	last_sweep timestamptz, holds bigint, last_error_at timestamptz, last_error text);
@@ -651,7 +742,7 @@ COMMENT ON VIEW credit_lease.upstream_status IS 'every upstream, and how the wor
 COMMENT ON COLUMN credit_lease.upstream_status.in_flight IS 'requests that wait for their reply';
 COMMENT ON COLUMN credit_lease.upstream_status.latency IS 'from request to reply, of the last that was answered';
 COMMENT ON COLUMN credit_lease.upstream_status.back_off_until IS 'nothing is sent to it before';
-COMMENT ON COLUMN credit_lease.upstream_status.requests IS 'requests for leases that have no answer yet, or were refused lately';
+COMMENT ON COLUMN credit_lease.upstream_status.requests IS 'requests for leases and balances that have no answer yet, or were refused lately';
 COMMENT ON COLUMN credit_lease.upstream_status.reports IS 'usage that it has not taken yet';
 COMMENT ON COLUMN credit_lease.upstream_status.refused_reports IS 'usage that it has refused for good, see usage_report';
 
@@ -710,40 +801,57 @@ CREATE VIEW credit_lease.movement AS
 SELECT l.account, l.entry_id, l.credit, l.kind, l.tranche_id,
 	   CASE WHEN NOT c.chunked THEN l.reservation_id END AS reservation_id,
 	   CASE WHEN c.chunked THEN l.reservation_id END AS chunk_id, l.first_entry_id, l.refund_of, l.created_at,
-	   CASE WHEN l.kind IN ('topup', 'install', 'extend') OR (l.kind = 'adjust' AND l.amount > 0) THEN l.amount ELSE 0 END AS granted,
+	   CASE WHEN l.kind IN ('topup', 'install', 'extend') OR (l.kind IN ('adjust', 'sync') AND l.amount > 0) THEN l.amount ELSE 0 END AS granted,
 	   CASE WHEN l.kind IN ('reserve', 'renew') THEN l.amount
 			WHEN l.kind IN ('settle', 'track') THEN - (l.amount + a.released + a.lapsed + a.returned)
 			WHEN l.reservation_id IS NOT NULL AND NOT c.chunked THEN - l.amount
 			ELSE 0 END AS reserved,
-	   CASE WHEN l.kind = 'chunk' THEN l.amount
-			WHEN l.kind IN ('chunk_release', 'chunk_expire') THEN - (l.amount + a.released + a.lapsed + a.returned)
+	   CASE WHEN l.kind IN ('chunk', 'session') THEN l.amount
+			WHEN l.kind IN ('chunk_release', 'chunk_expire', 'session_close', 'session_expire') THEN - (l.amount + a.released + a.lapsed + a.returned)
 			ELSE 0 END AS chunked,
-	   CASE WHEN l.kind IN ('topup', 'adjust', 'install', 'extend') THEN l.amount
-			WHEN l.kind IN ('settle', 'track', 'chunk_release', 'chunk_expire') THEN a.released
+	   CASE WHEN l.kind IN ('topup', 'adjust', 'install', 'extend', 'sync') THEN l.amount
+			WHEN l.kind IN ('settle', 'track', 'chunk_release', 'chunk_expire', 'session_close', 'session_expire') THEN a.released
 			WHEN l.kind IN ('cancel', 'refund') OR (l.kind = 'expire' AND l.reservation_id IS NOT NULL) THEN l.amount - a.lapsed - a.returned
 			ELSE - l.amount END AS remaining,
-	   CASE WHEN l.kind IN ('consume', 'settle', 'track', 'chunk_release', 'chunk_expire') THEN l.amount
+	   CASE WHEN l.kind IN ('consume', 'settle', 'track', 'chunk_release', 'chunk_expire', 'session_charge', 'session_close', 'session_expire') THEN l.amount
 			WHEN l.kind = 'refund' THEN - l.amount
 			ELSE 0 END AS consumed,
 	   CASE WHEN l.kind = 'expire' AND l.reservation_id IS NULL THEN l.amount ELSE a.lapsed END AS expired,
 	   CASE WHEN l.kind = 'release' THEN l.amount ELSE a.returned END AS returned,
-	   CASE WHEN l.kind = 'adjust' AND l.amount < 0 THEN - l.amount ELSE 0 END AS revoked
+	   CASE WHEN l.kind IN ('adjust', 'sync') AND l.amount < 0 THEN - l.amount ELSE 0 END AS revoked
   FROM credit_lease.ledger l,
 	   LATERAL (SELECT coalesce(l.released, 0), coalesce(l.lapsed, 0), coalesce(l.returned, 0)) AS a (released, lapsed, returned),
-	   LATERAL (SELECT l.kind IN ('chunk', 'chunk_release', 'chunk_expire') OR (l.kind = 'consume' AND l.reservation_id IS NOT NULL)) AS c (chunked);
-COMMENT ON VIEW credit_lease.movement IS 'what each ledger entry changed in each term of its tranche, or of its chunk where it was spent of one';
+	   LATERAL (SELECT l.kind IN ('chunk', 'chunk_release', 'chunk_expire', 'session', 'session_charge', 'session_close', 'session_expire') OR (l.kind = 'consume' AND l.reservation_id IS NOT NULL)) AS c (chunked)
+ WHERE l.kind <> 'shortfall';
+COMMENT ON VIEW credit_lease.movement IS 'what each ledger entry changed in each term of its tranche, or of its chunk or session where it was spent of one; nothing of a shortfall';
 COMMENT ON COLUMN credit_lease.movement.reservation_id IS 'the hold';
-COMMENT ON COLUMN credit_lease.movement.chunk_id IS 'the chunk: that was carved out, spent of, or given back';
+COMMENT ON COLUMN credit_lease.movement.chunk_id IS 'the chunk, or the session: that was carved out, spent of, or given back';
 
 CREATE VIEW credit_lease.usage_by_day AS
 SELECT (m.created_at AT TIME ZONE 'UTC')::date AS day, m.account, m.credit,
 	   sum(m.consumed) AS consumed,
 	   count(*) FILTER (WHERE m.first_entry_id IS NULL AND m.consumed > 0) AS calls
   FROM credit_lease.movement m
- WHERE m.kind IN ('consume', 'settle', 'track', 'refund')
+ WHERE m.kind IN ('consume', 'settle', 'track', 'refund', 'session_charge')
  GROUP BY 1, 2, 3;
-COMMENT ON VIEW credit_lease.usage_by_day IS 'what was spent, less what was refunded, by day (UTC); of a chunk when it was spent, not when the chunk ended';
+COMMENT ON VIEW credit_lease.usage_by_day IS 'what was spent, less what was refunded, by day (UTC); of a chunk or a session when it was spent, not when that ended';
 COMMENT ON COLUMN credit_lease.usage_by_day.calls IS 'calls that spent something';
+
+CREATE VIEW credit_lease.shortfall AS
+SELECT s.account, s.credit, s.amount, s.entry_id, NULL::bigint AS reservation_id,
+	   coalesce(s.idempotency_key, f.idempotency_key) AS idempotency_key, s.metadata, s.created_at
+  FROM credit_lease.ledger s
+  LEFT JOIN credit_lease.ledger f ON f.account = s.account AND f.entry_id = s.first_entry_id
+ WHERE s.kind = 'shortfall'
+UNION ALL
+SELECT r.account, r.credit, r.shortfall, NULL, r.reservation_id, NULL, r.metadata, r.ended_at
+  FROM credit_lease.reservation r
+ WHERE r.shortfall > 0;
+COMMENT ON VIEW credit_lease.shortfall IS 'usage that there was no credit for: of lease_ingest(), and of settlements';
+COMMENT ON COLUMN credit_lease.shortfall.amount IS 'what was missing; what could be spent has entries of its own';
+COMMENT ON COLUMN credit_lease.shortfall.entry_id IS 'the ledger entry; NULL for a settlement';
+COMMENT ON COLUMN credit_lease.shortfall.reservation_id IS 'the hold that was settled; NULL for others';
+COMMENT ON COLUMN credit_lease.shortfall.created_at IS 'when it was recorded; of a hold, when that ended';
 
 -- Every branch groups by account, so that one account is checked by index.
 CREATE VIEW credit_lease.finding AS
@@ -761,7 +869,7 @@ SELECT t.account, t.credit, t.tranche_id, f.rule, f.expected, f.found
 		('returned is not negative', greatest(t.returned, 0), t.returned),
 		('revoked is not negative', greatest(t.revoked, 0), t.revoked),
 		('striped is not negative', greatest(t.striped, 0), t.striped),
-		('open while something is left', (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0 OR t.striped <> 0)::integer, t.open::integer),
+		('open while something is left', (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0 OR t.striped <> 0 OR t.kind = 'mirror')::integer, t.open::integer),
 		('a lease and nothing else has an id', (t.kind = 'upstream')::integer, (t.lease_id IS NOT NULL)::integer),
 		('a lease expires', (t.kind = 'upstream')::integer, (t.kind = 'upstream' AND t.expires_at IS NOT NULL)::integer),
 		('nothing remains of what is released', CASE WHEN t.released_at IS NULL THEN t.remaining ELSE 0 END, t.remaining)
@@ -774,11 +882,6 @@ SELECT p.account, p.credit, p.tranche_id, 'stripe ' || p.stripe || ' ' || f.rule
 	   LATERAL (VALUES
 		('balances', p.granted, p.remaining + p.reserved + p.chunked + p.consumed + p.expired + p.returned + p.revoked),
 		('remaining is not negative', greatest(p.remaining, 0), p.remaining),
-		('has the priority', (SELECT t.priority FROM credit_lease.tranche t
-			WHERE t.account = p.account AND t.credit = p.credit AND t.tranche_id = p.tranche_id), p.priority),
-		('expires no later', 1, (SELECT (coalesce(p.expires_at, 'infinity') <= coalesce(t.expires_at, 'infinity'))::integer
-			FROM credit_lease.tranche t
-			WHERE t.account = p.account AND t.credit = p.credit AND t.tranche_id = p.tranche_id)),
 		('is there', 1, (SELECT count(*) FROM credit_lease.stripe l WHERE l.account = p.account AND l.stripe = p.stripe)),
 		('is of a striped pool', 1, (SELECT count(*) FROM credit_lease.striped_pool s WHERE s.account = p.account AND s.credit = p.credit))
 	   ) AS f (rule, expected, found)
@@ -1026,6 +1129,29 @@ SELECT s.account, s.credit, s.chunk_id, 'chunk ' || f.rule, f.expected, f.found
   ) AS f (rule, expected, found)
  WHERE f.expected IS DISTINCT FROM f.found
 UNION ALL
+-- a session: spent <= accepted <= deposit, which is no less than at first; and
+-- its entries are a session's, as a chunk's are a chunk's
+SELECT c.account, c.credit, c.chunk_id, 'session ' || f.rule, f.expected, f.found
+  FROM credit_lease.chunk c,
+	   LATERAL (VALUES
+		('accepts what is spent', greatest(c.accepted, c.consumed), c.accepted),
+		('accepts no more than the deposit', least(c.accepted, c.granted), c.accepted),
+		('was opened with something', CASE WHEN c.deposited > 0 THEN c.deposited ELSE 1 END, c.deposited),
+		('has what it was opened with', least(c.deposited, c.granted), c.deposited),
+		('units are not negative', greatest(c.units, 0), c.units)
+	   ) AS f (rule, expected, found)
+ WHERE c.session IS NOT NULL AND f.expected IS DISTINCT FROM f.found
+UNION ALL
+SELECT c.account, c.credit, c.chunk_id, 'chunk is a session, or has nothing of one', 0, num_nonnulls(c.accepted, c.units, c.deposited)
+  FROM credit_lease.chunk c
+ WHERE c.session IS NULL AND num_nonnulls(c.accepted, c.units, c.deposited) <> 0
+UNION ALL
+SELECT c.account, c.credit, c.chunk_id, 'chunk has its own entries', 0, count(*)
+  FROM credit_lease.chunk c
+  JOIN credit_lease.movement m ON m.account = c.account AND m.chunk_id = c.chunk_id
+ WHERE (c.session IS NOT NULL) <> (m.kind LIKE 'session%')
+ GROUP BY c.account, c.credit, c.chunk_id
+UNION ALL
 -- what was tracked costs what it did when the hold was made
 SELECT r.account, r.credit, NULL, 'reservation ' || r.reservation_id || ' costs what was tracked',
 	   u.units * r.unit + CASE WHEN u.units * r.unit < r.tracked * r.rate THEN r.unit ELSE 0 END, r.consumed + r.shortfall
@@ -1067,6 +1193,10 @@ SELECT s.account, max(s.credit), NULL, 'entry ' || s.entry_id || ' has all its p
  GROUP BY s.account, s.entry_id
 HAVING max(s.parts) IS DISTINCT FROM count(*)
 UNION ALL
+SELECT l.account, l.credit, l.tranche_id, 'entry ' || l.entry_id || ' is of a tranche, or a shortfall', 1, 0
+  FROM credit_lease.ledger l
+ WHERE (l.kind = 'shortfall') <> (l.tranche_id IS NULL) OR (l.kind = 'shortfall' AND l.amount <= 0)
+UNION ALL
 -- rule 9: what was read of the ledger, to report it, is what it has up to there
 SELECT u.account, u.credit, u.tranche_id, 'usage read sums to consumed', coalesce(sum(m.consumed), 0), u.consumed
   FROM credit_lease.lease_usage u
@@ -1077,9 +1207,71 @@ HAVING coalesce(sum(m.consumed), 0) <> u.consumed
 UNION ALL
 SELECT t.account, t.credit, t.tranche_id, 'usage of a lease from a server is read', 1, 0
   FROM credit_lease.tranche t
- WHERE t.kind = 'upstream' AND t.server IS NOT NULL
+ WHERE t.kind IN ('upstream', 'mirror') AND t.server IS NOT NULL
    AND NOT EXISTS (SELECT FROM credit_lease.lease_usage u
-		WHERE u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id);
+		WHERE u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id)
+UNION ALL
+-- a mirror: what remains is what its checkpoint leaves, and what that includes
+-- are entries of it, or what the upstream has acknowledged
+SELECT s.account, s.credit, s.tranche_id, 'mirror ' || f.rule, f.expected, f.found
+  FROM (
+	SELECT u.account, u.credit, u.tranche_id, bool_or(u.is_mirror) AS is_mirror, bool_or(u.dies) AS dies,
+		   max(u.remaining) AS remaining, max(u.overdrawn) AS overdrawn, max(u.taken) AS taken,
+		   count(u.balance) AS checkpoints, max(u.balance) AS balance, max(u.included) AS included
+	  FROM (
+		SELECT t.account, t.credit, t.tranche_id, t.kind = 'mirror', t.expires_at IS NOT NULL OR t.striped <> 0,
+			   t.remaining, t.overdrawn, t.consumed + t.reserved + t.chunked, NULL::numeric, NULL::numeric
+		  FROM credit_lease.tranche t
+		 WHERE t.kind = 'mirror' OR t.overdrawn <> 0 OR t.trusted_until IS NOT NULL
+		UNION ALL
+		SELECT m.account, m.credit, m.tranche_id, NULL, NULL, NULL, NULL, NULL, m.balance, m.included
+		  FROM credit_lease.mirror m
+	  ) AS u (account, credit, tranche_id, is_mirror, dies, remaining, overdrawn, taken, balance, included)
+	 GROUP BY u.account, u.credit, u.tranche_id
+  ) AS s,
+  LATERAL (VALUES
+	('is one', 1::numeric, coalesce(s.is_mirror, false)::integer),
+	('has a checkpoint', 1, s.checkpoints),
+	('neither expires nor is striped', 0, s.dies::integer),
+	('overdrawn is not negative', greatest(s.overdrawn, 0), s.overdrawn),
+	('has nothing left while it is overdrawn', CASE WHEN s.overdrawn <> 0 THEN 0 ELSE s.remaining END, s.remaining),
+	('remains as its checkpoint says', s.balance - (s.taken - s.included), s.remaining - s.overdrawn)
+  ) AS f (rule, expected, found)
+ WHERE f.expected <> f.found
+UNION ALL
+SELECT m.account, m.credit, m.tranche_id, 'mirror includes entries of it', e.consumed, m.included
+  FROM credit_lease.mirror m,
+	   LATERAL (SELECT coalesce(sum(v.consumed), 0) FROM credit_lease.movement v
+				 WHERE v.account = m.account AND v.tranche_id = m.tranche_id
+				   AND (v.entry_id <= m.entry_id OR EXISTS (SELECT FROM credit_lease.mirror_entry e
+						WHERE e.account = m.account AND e.tranche_id = m.tranche_id AND e.entry_id = v.entry_id))) AS e (consumed)
+ WHERE m.entry_id IS NOT NULL AND e.consumed <> m.included
+UNION ALL
+SELECT m.account, m.credit, m.tranche_id, 'mirror includes what was acknowledged', coalesce(u.acknowledged, 0), m.included
+  FROM credit_lease.mirror m
+  LEFT JOIN credit_lease.lease_usage u ON u.account = m.account AND u.credit = m.credit AND u.tranche_id = m.tranche_id
+ WHERE m.entry_id IS NULL AND (m.included <= u.acknowledged) IS NOT TRUE
+UNION ALL
+-- ... which is no more than it was told and is not telling any more: what was
+-- read, and what was tracked since; a report may have been removed by hand
+SELECT s.account, s.credit, s.tranche_id, 'acknowledged was reported', s.told - s.under_way, s.acknowledged
+  FROM (
+	SELECT u.account, u.credit, u.tranche_id, u.acknowledged,
+		   u.consumed + u.owed
+			+ (SELECT coalesce(sum(v.consumed), 0) FROM credit_lease.movement v
+				WHERE v.account = u.account AND v.tranche_id = u.tranche_id AND v.entry_id > u.entry_id AND v.kind = 'track') AS told,
+		   (SELECT coalesce(sum(r.credits), 0) FROM credit_lease.usage_report r
+			 WHERE r.account = u.account AND r.credit = u.credit AND r.tranche_id = u.tranche_id) AS under_way
+	  FROM credit_lease.lease_usage u
+	 WHERE u.acknowledged <> 0
+  ) AS s
+ WHERE s.acknowledged > s.told - s.under_way
+UNION ALL
+SELECT e.account, t.credit, e.tranche_id, 'mirror entry ' || e.entry_id || ' is beyond the others', 1, 0
+  FROM credit_lease.mirror_entry e
+  LEFT JOIN credit_lease.tranche t ON t.account = e.account AND t.tranche_id = e.tranche_id
+ WHERE NOT EXISTS (SELECT FROM credit_lease.mirror m
+	WHERE m.account = e.account AND m.tranche_id = e.tranche_id AND m.entry_id < e.entry_id);
 COMMENT ON VIEW credit_lease.finding IS 'what lease_verify() finds, for every account; empty when the books balance';
 
 ----------------------------------------------------------------------
@@ -1103,6 +1295,9 @@ CREATE TYPE credit_lease.chunk_result AS (chunk_id bigint, account text, credit 
 COMMENT ON TYPE credit_lease.chunk_result IS 'what lease_chunk_allocate(), lease_chunk(), lease_chunk_renew() and lease_chunk_release() return; status: live, expired or released';
 CREATE TYPE credit_lease.chunk_consume_result AS (applied boolean, chunk_id bigint, remaining numeric, expires_at timestamptz, replayed boolean);
 COMMENT ON TYPE credit_lease.chunk_consume_result IS 'what lease_chunk_consume() and lease_try_chunk_consume() return';
+CREATE TYPE credit_lease.session_result AS (applied boolean, session text, deposit numeric, accepted_cumulative numeric,
+	spent numeric, required_cumulative numeric, units bigint, status text);
+COMMENT ON TYPE credit_lease.session_result IS 'what the functions of sessions return; applied: the call has changed something; status: open, closed or expired';
 CREATE TYPE credit_lease.check_result AS (allowed boolean, reason text, error text, reservation_id bigint, credit text,
 	amount numeric, rate numeric, event text, available numeric, expires_at timestamptz);
 COMMENT ON TYPE credit_lease.check_result IS 'what lease_check() returns; reason: allowed, insufficient_credit, lease_acquire_failed, denied_by_rule or what the rule says, not_metered, frozen or invalid_quantity';
@@ -1112,11 +1307,15 @@ COMMENT ON TYPE credit_lease.explain_result IS 'what lease_explain() returns';
 CREATE TYPE credit_lease.track_result AS (settled boolean, consumed numeric, refunded numeric, shortfall numeric,
 	available numeric, usage_key text);
 COMMENT ON TYPE credit_lease.track_result IS 'what lease_track() returns; settled is false where the hold had expired';
+CREATE TYPE credit_lease.ingest_result AS (ordinal integer, applied boolean, duplicate boolean, reason text, available numeric);
+COMMENT ON TYPE credit_lease.ingest_result IS 'what lease_ingest() returns; reason: NULL, shortfall or free where it was applied; duplicate, key_conflict, insufficient_credit, lease_acquire_failed, frozen, not_metered or invalid_quantity where it was not';
 
 CREATE TYPE credit_lease.policy_result AS (server text, company_id text, credit_type_id text, event text,
 	lease_size numeric, lease_duration interval, low_water_mark numeric, safety_margin interval, hold_ttl interval,
-	failure_mode text, smallest_unit numeric, stripes integer);
+	failure_mode text, smallest_unit numeric, stripes integer, sync_interval interval, max_staleness interval);
 COMMENT ON TYPE credit_lease.policy_result IS 'what lease_policy() returns';
+CREATE TYPE credit_lease.sync_result AS (available numeric, pending numeric, as_of timestamptz);
+COMMENT ON TYPE credit_lease.sync_result IS 'what lease_sync() returns: what the pool has, what the mirror''s checkpoint does not include, and of when that is';
 CREATE TYPE credit_lease.prewarm_result AS (credit text, lease_id text, available numeric, status text);
 COMMENT ON TYPE credit_lease.prewarm_result IS 'what lease_prewarm() returns; status: live, pending, refused, unreachable or no upstream';
 
@@ -1255,6 +1454,58 @@ CREATE FUNCTION credit_lease.lease_try_chunk_consume(account text, chunk_id bigi
 COMMENT ON FUNCTION credit_lease.lease_try_chunk_consume(text, bigint, numeric, text, text) IS
 	'spends of a chunk; applied is false when it has not enough or the pool is frozen';
 
+-- Sessions
+
+CREATE FUNCTION credit_lease.lease_session_open(account text, credit text, session text, deposit numeric,
+		ttl interval DEFAULT NULL)
+	RETURNS credit_lease.session_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_session_open(text, text, text, numeric, interval) IS
+	'carves a deposit out of a pool, to be authorized and spent by its cumulative amount';
+
+CREATE FUNCTION credit_lease.lease_session_topup(account text, session text, amount numeric)
+	RETURNS credit_lease.session_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_session_topup(text, text, numeric) IS
+	'raises the deposit of a session by an amount from its pool';
+
+CREATE FUNCTION credit_lease.lease_session_authorize(account text, session text, cumulative numeric)
+	RETURNS credit_lease.session_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_session_authorize(text, text, numeric) IS
+	'lets so much in all be spent of a session; the same or less than before changes nothing';
+
+CREATE FUNCTION credit_lease.lease_session_charge(account text, session text, amount numeric)
+	RETURNS credit_lease.session_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_session_charge(text, text, numeric) IS
+	'spends of a session; applied is false when too little is authorized, and required_cumulative what would be enough';
+
+CREATE FUNCTION credit_lease.lease_session_snapshot(account text, session text, next_amount numeric DEFAULT 0)
+	RETURNS credit_lease.session_result
+	LANGUAGE c STABLE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_session_snapshot(text, text, numeric) IS
+	'what a session has come to, or how it has ended, and what would have to be authorized for the next amount';
+
+CREATE FUNCTION credit_lease.lease_session_reconcile(account text, session text, snapshot jsonb)
+	RETURNS credit_lease.session_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_session_reconcile(text, text, jsonb) IS
+	'raises the figures of a session to those of a snapshot that another side has of it, and lowers none';
+
+CREATE FUNCTION credit_lease.lease_session_close(account text, session text, cumulative numeric DEFAULT NULL)
+	RETURNS credit_lease.session_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_session_close(text, text, numeric) IS
+	'ends a session, of which cumulative (NULL for what was charged) is spent; the rest of the deposit goes back to where it came from';
+
 -- Features. lease_check() and lease_explain() become the extension's owner by
 -- themselves, and are who called them again while the rule is asked.
 
@@ -1280,6 +1531,23 @@ CREATE FUNCTION credit_lease.lease_explain(account text, feature text, quantity 
 COMMENT ON FUNCTION credit_lease.lease_explain(text, text, numeric) IS
 	'what lease_check() would answer now, and why; holds nothing and asks no upstream';
 
+-- Usage in bulk
+
+CREATE FUNCTION credit_lease.lease_ingest(events jsonb, on_short text DEFAULT 'refuse')
+	RETURNS SETOF credit_lease.ingest_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME', 'lease_ingest_events'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_ingest(jsonb, text) IS
+	'spends what many events say was used, of any accounts, and tells of each what came of it; on_short: refuse or charge';
+
+CREATE FUNCTION credit_lease.lease_ingest(account text[], credit text[], amount numeric[],
+		idempotency_key text[] DEFAULT NULL, metadata jsonb[] DEFAULT NULL, on_short text DEFAULT 'refuse')
+	RETURNS SETOF credit_lease.ingest_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME', 'lease_ingest_arrays'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_ingest(text[], text[], numeric[], text[], jsonb[], text) IS
+	'the same, of events in arrays, an element of each for an event';
+
 -- Looking
 
 CREATE FUNCTION credit_lease.lease_balance(account text, credit text DEFAULT NULL)
@@ -1292,7 +1560,8 @@ COMMENT ON FUNCTION credit_lease.lease_balance(text, text) IS
 CREATE FUNCTION credit_lease.lease_verify(account text DEFAULT NULL)
 	RETURNS SETOF credit_lease.finding
 	LANGUAGE c STABLE SECURITY DEFINER AS 'MODULE_PATHNAME'
-	SET search_path = pg_catalog, pg_temp;
+	SET search_path = pg_catalog, pg_temp
+	SET jit = off;		-- to compile its hundreds of expressions takes longer than most books
 COMMENT ON FUNCTION credit_lease.lease_verify(text) IS
 	'recomputes an account, or all of them, from the ledger; no row means that the books balance';
 
@@ -1327,6 +1596,14 @@ CREATE FUNCTION credit_lease.lease_release(account text, credit text, lease_id t
 	SET search_path = pg_catalog, pg_temp;
 COMMENT ON FUNCTION credit_lease.lease_release(text, text, text) IS
 	'returns what remains of a live lease, or of all of a pool; false when there is none';
+
+CREATE FUNCTION credit_lease.lease_sync(account text, credit text, balance numeric, as_of timestamptz,
+		server name DEFAULT NULL, acknowledged text[] DEFAULT NULL)
+	RETURNS credit_lease.sync_result
+	LANGUAGE c VOLATILE SECURITY DEFINER AS 'MODULE_PATHNAME'
+	SET search_path = pg_catalog, pg_temp;
+COMMENT ON FUNCTION credit_lease.lease_sync(text, text, numeric, timestamptz, name, text[]) IS
+	'records a balance that lives elsewhere: what was spent here until then is taken off it already, or else what has the acknowledged keys; an older one than is known changes nothing';
 
 CREATE FUNCTION credit_lease.lease_policy(account text, credit text)
 	RETURNS credit_lease.policy_result
@@ -1377,7 +1654,7 @@ CREATE FUNCTION credit_lease.schematic_request(operation text, request jsonb)
 						'body', jsonb_build_object('event', e.event->'event', 'quantity', e.event->'quantity',
 							'company', jsonb_build_object('id', e.event->'company_id'))
 							|| (SELECT coalesce(jsonb_object_agg(o.key, o.value), '{}')
-								  FROM jsonb_each(e.event) AS o (key, value) WHERE o.key IN ('lease_id', 'traits'))) ORDER BY e.n)
+								  FROM jsonb_each(e.event) AS o (key, value) WHERE o.key IN ('lease_id', 'traits', 'cumulative'))) ORDER BY e.n)
 				  FROM jsonb_array_elements($2->'events') WITH ORDINALITY AS e (event, n)))
 			END);
 	END;
@@ -1396,6 +1673,42 @@ CREATE FUNCTION credit_lease.schematic_outcome(operation text, request jsonb, st
 	  FROM (SELECT $4->'data') AS d (data);
 	END;
 COMMENT ON FUNCTION credit_lease.schematic_outcome(text, jsonb, integer, jsonb) IS 'dialect schematic: what a reply says';
+
+-- The dialect "metronome": it knows balances and no leases. Quantities are
+-- strings there, as a number could be read as a floating point number.
+CREATE FUNCTION credit_lease.metronome_request(operation text, request jsonb)
+	RETURNS jsonb
+	LANGUAGE sql STABLE
+	SET search_path = pg_catalog, pg_temp
+	BEGIN ATOMIC
+	SELECT jsonb_build_object(
+		'url', CASE $1 WHEN 'report' THEN rtrim(coalesce($2->>'events_url', $2->>'url'), '/') || '/v1/ingest'
+			WHEN 'balance' THEN rtrim($2->>'url', '/') || '/v1/contracts/customerBalances/getNetBalance' END,
+		'headers', jsonb_build_object('Authorization', 'Bearer ' || ($2->>'api_key')),
+		'body', CASE $1
+			WHEN 'balance' THEN jsonb_build_object('customer_id', $2->'company_id', 'credit_type_id', $2->'credit_type_id')
+			WHEN 'report' THEN (
+				SELECT jsonb_agg(jsonb_build_object('transaction_id', e.event->'idempotency_key', 'customer_id', e.event->'company_id',
+						'event_type', e.event->'event', 'timestamp', e.event->'created_at',
+						'properties', coalesce(e.event->'traits', '{}') - '{cumulative,mirror}'::text[]
+							|| jsonb_build_object('quantity', e.event->>'quantity', 'credit_type_id', e.event->'credit_type_id')
+							|| CASE WHEN e.event->'cumulative' = 'true'
+								THEN jsonb_build_object('cumulative', 'true', 'mirror', e.event->'mirror') ELSE '{}' END) ORDER BY e.n)
+				  FROM jsonb_array_elements($2->'events') WITH ORDINALITY AS e (event, n))
+			END);
+	END;
+COMMENT ON FUNCTION credit_lease.metronome_request(text, jsonb) IS 'dialect metronome: the HTTP request for an operation (balance or report)';
+
+CREATE FUNCTION credit_lease.metronome_outcome(operation text, request jsonb, status integer, reply jsonb)
+	RETURNS jsonb
+	LANGUAGE sql STABLE
+	SET search_path = pg_catalog, pg_temp
+	BEGIN ATOMIC
+	SELECT CASE WHEN $3 NOT BETWEEN 200 AND 299 THEN jsonb_build_object('error', coalesce($4->'message', $4->'error'))
+		WHEN $1 = 'balance' THEN jsonb_build_object('balance', $4->'data'->'balance', 'credit_type_id', $4->'data'->'credit_type_id')
+		ELSE jsonb_build_object() END;
+	END;
+COMMENT ON FUNCTION credit_lease.metronome_outcome(text, jsonb, integer, jsonb) IS 'dialect metronome: what a reply says';
 
 -- Runs as whoever sets the options: it asks for his rights. CREATE SERVER calls
 -- it without EXECUTE.
@@ -1444,7 +1757,8 @@ REVOKE ALL ON ALL SEQUENCES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA credit_lease FROM PUBLIC;
 REVOKE ALL ON TYPE credit_lease.topup_result, credit_lease.entry_result, credit_lease.consume_result,
 	credit_lease.reserve_result, credit_lease.settle_result, credit_lease.renew_result,
-	credit_lease.chunk_result, credit_lease.chunk_consume_result, credit_lease.check_result,
+	credit_lease.chunk_result, credit_lease.chunk_consume_result, credit_lease.session_result, credit_lease.check_result,
 	credit_lease.explain_result, credit_lease.track_result, credit_lease.worker_result,
-	credit_lease.upstream_result, credit_lease.policy_result, credit_lease.prewarm_result FROM PUBLIC;
+	credit_lease.upstream_result, credit_lease.policy_result, credit_lease.prewarm_result,
+	credit_lease.sync_result, credit_lease.ingest_result FROM PUBLIC;
 REVOKE ALL ON SCHEMA credit_lease FROM PUBLIC;

@@ -1,6 +1,9 @@
 #ifndef CREDIT_LEASE_ACCOUNT_H
 #define CREDIT_LEASE_ACCOUNT_H
 
+/* How often is tried what must not be waited for */
+#define LOCK_POLL_MS	2
+
 typedef enum AccountLock
 {
 	ACCOUNT_LOCK,				/* waits */
@@ -17,7 +20,5 @@ typedef struct AccountMarks
 
 extern bool account_lock(text *account, AccountLock how, AccountMarks *marks);
 extern bool account_lock_unless_striped(text *account, AccountMarks *marks);
-extern void account_note_held(text *account);
-extern bool account_is_held(text *account);
 
 #endif							/* CREDIT_LEASE_ACCOUNT_H */

@@ -20,6 +20,7 @@
 #include "account.h"
 #include "argument.h"
 #include "clock.h"
+#include "restripe.h"
 #include "statement.h"
 #include "stripe.h"
 
@@ -45,14 +46,6 @@ static Statement mark_statement = {
 	.argtypes = {TEXTOID}
 };
 
-static Statement mark_stripes_statement = {
-	.sql = "UPDATE credit_lease.stripe s SET frozen ="
-	" EXISTS (SELECT FROM credit_lease.frozen_pool f WHERE f.account = $1)"
-	" WHERE s.account = $1",
-	.nargs = 1,
-	.argtypes = {TEXTOID}
-};
-
 static const char *const level_word[] = {"spend", "read", "admin"};
 
 /* What every level needs: to name the schema, and what functions return. */
@@ -71,7 +64,9 @@ static const char *const level_grants[] = {
 	"   'lease_try_reserve', 'lease_settle', 'lease_cancel', 'lease_renew',"
 	"   'lease_chunk_allocate', 'lease_chunk', 'lease_chunk_renew', 'lease_chunk_release',"
 	"   'lease_chunk_consume', 'lease_try_chunk_consume',"
-	"   'lease_check', 'lease_track', 'lease_explain')",
+	"   'lease_session_open', 'lease_session_topup', 'lease_session_authorize', 'lease_session_charge',"
+	"   'lease_session_snapshot', 'lease_session_reconcile', 'lease_session_close',"
+	"   'lease_check', 'lease_track', 'lease_explain', 'lease_ingest')",
 
 
 	GRANT_NAMES "SELECT pg_catalog.format('GRANT SELECT ON ALL TABLES IN SCHEMA credit_lease TO %I', $1)"
@@ -101,7 +96,7 @@ change_freeze(text *account, AccountLock how, Statement *change, Parameters *par
 	{
 		parameter_add_pointer(&mark, account);
 		statement_execute(&mark_statement, &mark);
-		statement_execute(&mark_stripes_statement, &mark);
+		restripe_make_locks(account);
 	}
 	SPI_finish();
 	return changed;
@@ -147,7 +142,7 @@ lease_unfreeze(PG_FUNCTION_ARGS)
 /*
  * lease_grant_access(role, level)
  *		Grants a role what it needs to spend (the functions under "Spending",
- *		"Chunks" and "Features", and lease_balance), to read (tables, views, lease_verify), or to admin
+ *		"Chunks", "Sessions" and "Features", and lease_balance), to read (tables, views, lease_verify), or to admin
  *		(everything). Takes the locks of GRANT. Raises 42704 for an unknown
  *		role; PUBLIC is none.
  */

@@ -79,13 +79,17 @@ argument_amount(FunctionCallInfo fcinfo, int n, const char *name, AmountRange ra
 Numeric
 argument_optional_amount(FunctionCallInfo fcinfo, int n, const char *name, AmountRange range)
 {
-	Numeric		value;
-	int			sign;
-
 	if (PG_ARGISNULL(n))
 		return NULL;
+	return argument_check_amount(PG_GETARG_NUMERIC(n), name, range);
+}
 
-	value = PG_GETARG_NUMERIC(n);
+/* The same of an amount that is a part of an argument. */
+Numeric
+argument_check_amount(Numeric value, const char *name, AmountRange range)
+{
+	int			sign;
+
 	if (numeric_is_nan(value) || numeric_is_inf(value))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),

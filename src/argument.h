@@ -24,6 +24,7 @@ extern text *argument_optional_text(FunctionCallInfo fcinfo, int n, const char *
 extern int64 argument_id(FunctionCallInfo fcinfo, int n, const char *name);
 extern Numeric argument_amount(FunctionCallInfo fcinfo, int n, const char *name, AmountRange range);
 extern Numeric argument_optional_amount(FunctionCallInfo fcinfo, int n, const char *name, AmountRange range);
+extern Numeric argument_check_amount(Numeric value, const char *name, AmountRange range);
 extern Interval *argument_optional_ttl(FunctionCallInfo fcinfo, int n, const char *name, TimestampTz now);
 extern Jsonb *argument_optional_jsonb(FunctionCallInfo fcinfo, int n);
 extern int	argument_word(text *value, const char *name, const char *const *words, int nwords);

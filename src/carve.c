@@ -189,10 +189,12 @@ lease_chunk_release(PG_FUNCTION_ARGS)
 		if (!chunk_find(pool.account, chunk_id, false, &chunk))
 			chunk_not_found(pool.account, chunk_id);
 		pool.credit = chunk.credit;
-		pool_lock(&pool);
+		pool_lock(&pool, NULL);
 	}
 	chunk_lock(pool.account, chunk_id, owner, &chunk);
 	pool.credit = chunk.credit;
+	/* by the clock before a wait for the chunk, it might not have expired */
+	pool.now = clock_now();
 	pool_read(&pool);
 	replayed = chunk.status == CHUNK_RELEASED;
 	if (!replayed)

@@ -188,9 +188,11 @@ find_credit(Check *check, Pool *pool)
 		meter->frozen = pool_is_frozen(pool);
 		if (pool->available)
 			meter->available = pool->available;
-		unreachable |= pool->unreachable;
+		unreachable |= pool_lacks_supply(pool);
 		if (check->error == NULL)
 			check->error = pool->upstream_error;
+		if (check->error == NULL && pool->is_stale)
+			check->error = POOL_STALE;
 		if (check->meter == NULL && !meter->frozen)
 			check->meter = meter;
 	}
@@ -245,7 +247,9 @@ read_pool(Check *check, Pool *pool)
 	bool		enough;
 
 	*pool = (Pool) {.account = check->account, .credit = check->meter->credit};
-	if (!reclaim_lock(pool, check->meter->amount) && passes)
+	if (passes)
+		pool->wanted = check->meter->amount;
+	if (!reclaim_lock(pool, passes ? amount_zero() : check->meter->amount) && passes)
 		reclaim_lock_account(pool);
 	enough = reclaim_cover(pool, check->meter->amount);
 	check->available = pool->available;

@@ -6,6 +6,7 @@
 
 #include "compat.h"
 #include "pool.h"
+#include "request.h"
 
 typedef enum ChunkStatus
 {
@@ -30,8 +31,15 @@ typedef struct Chunk
 	ArrayType  *tranche_amounts;	/* ... and how much from each */
 	ItemPointerData tid;		/* of the row */
 	bool		may_be_frozen;	/* something of the account is frozen; known of a locked one */
+
+	/* of a session; NULL and 0 for a plain chunk */
+	text	   *session;
+	Numeric		accepted;		/* may be spent, of what is granted */
+	int64		units;			/* how often it was charged */
+	Numeric		deposited;		/* what it was opened with */
 } Chunk;
 
+extern void chunk_read(uint64 row, Chunk *chunk);
 extern bool chunk_find(text *account, int64 chunk_id, bool read_only, Chunk *chunk);
 extern void chunk_lock(text *account, int64 chunk_id, const text *owner, Chunk *chunk);
 extern bool chunk_is_frozen(text *account, const Chunk *chunk, char **reason);
@@ -41,10 +49,13 @@ pg_noreturn extern void chunk_not_found(text *account, int64 chunk_id);
 pg_noreturn extern void chunk_has_ended(text *account, const Chunk *chunk);
 extern void chunk_collect(const Pool *pool, Chunk *chunk, TimestampTz expires_at);
 extern int64 chunk_draw_number(void);
-extern void chunk_create(const Pool *pool, const Chunk *chunk);
+extern void chunk_grow(const Pool *pool, Chunk *chunk);
+extern bool chunk_create(const Pool *pool, const Chunk *chunk);
 extern TimestampTz chunk_latest_expiry(text *account, const Chunk *chunk);
-extern void chunk_renew(text *account, const Chunk *chunk);
+extern void chunk_renew(text *account, Chunk *chunk);
+extern bool chunk_append(const Request *request, const Chunk *chunk, TimestampTz now);
 extern void chunk_spend(text *account, Chunk *chunk, Numeric amount);
+extern void chunk_save(text *account, Chunk *chunk);
 extern void chunk_release(Pool *pool, Chunk *chunk);
 extern int	chunk_reclaim(Pool *pool, int limit);
 

@@ -14,7 +14,6 @@
  */
 #include "postgres.h"
 
-#include "catalog/pg_type.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
@@ -28,23 +27,6 @@
 /* As far as keys are concerned, the same as what consume.c does. */
 static const EntryKind kind_consume = {.name = "consume", .bucket = CONSUMED};
 
-#define APPEND \
-	"INSERT INTO credit_lease.ledger (account, credit, kind, amount, available, tranche_id, reservation_id," \
-	" created_at, idempotency_key, request) VALUES ($1, $2, 'consume', $3, $4, $5, $5, $6, $7, $8)"
-
-static Statement append_with_key_statement = {
-	.sql = APPEND " ON CONFLICT (account, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
-	.nargs = 8,
-	.argtypes = {TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, INT8OID, TIMESTAMPTZOID, TEXTOID, JSONBOID}
-};
-
-/* Without a key there is no conflict, and looking for one would be written to the WAL. */
-static Statement append_statement = {
-	.sql = APPEND,
-	.nargs = 8,
-	.argtypes = {TEXTOID, TEXTOID, NUMERICOID, NUMERICOID, INT8OID, TIMESTAMPTZOID, TEXTOID, JSONBOID}
-};
-
 /*
  * Spends an amount that a locked chunk has and returns true; returns false, and
  * nothing has happened, where the request's key is taken.
@@ -52,26 +34,8 @@ static Statement append_statement = {
 static bool
 spend(const Request *request, Chunk *chunk, TimestampTz now)
 {
-	Statement  *statement = request->key ? &append_with_key_statement : &append_statement;
-	Parameters	parameters = {0};
-
-	parameter_add_pointer(&parameters, request->account);
-	parameter_add_pointer(&parameters, chunk->credit);
-	parameter_add_pointer(&parameters, request->amount);
-	parameter_add_pointer(&parameters, amount_subtract(chunk->remaining, request->amount));
-	parameter_add(&parameters, Int64GetDatum(chunk->chunk_id));
-	parameter_add(&parameters, TimestampTzGetDatum(now));
-	parameter_add_pointer(&parameters, request->key);
-	parameter_add_pointer(&parameters, request->arguments);
-	if (statement_execute(statement, &parameters) == 0)
-	{
-		if (request->key)
-			return false;
-		ereport(ERROR,
-				(errcode(ERRCODE_LEASE_BOOKS),
-				 errmsg("the ledger did not accept an entry of account \"%s\"",
-						text_to_cstring(request->account))));
-	}
+	if (!chunk_append(request, chunk, now))
+		return false;
 	chunk_spend(request->account, chunk, request->amount);
 	return true;
 }

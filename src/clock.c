@@ -20,12 +20,12 @@ static char *mock_now_string = NULL;
 static const TimestampTz *mock_now = NULL;
 
 /*
- * Accepts an empty string or one fixed instant. It reports instead of raising,
- * as a check hook must where the postmaster reads its files; that rules
- * timestamptz_in() out.
+ * clock_parse
+ *		Reads one fixed instant, and returns whether the string is one. Raises
+ *		no error, which rules timestamptz_in() out.
  */
-static bool
-check_mock_now(char **newval, void **extra, GucSource source)
+bool
+clock_parse(const char *string, TimestampTz *instant)
 {
 	char		workbuf[MAXDATELEN + MAXDATEFIELDS];
 	char	   *field[MAXDATEFIELDS];
@@ -36,6 +36,21 @@ check_mock_now(char **newval, void **extra, GucSource source)
 	fsec_t		fsec;
 	struct pg_tm tm;
 	DateTimeErrorExtra error;
+
+	return ParseDateTime(string, workbuf, sizeof(workbuf), field, ftype,
+						 MAXDATEFIELDS, &nfields) == 0 &&
+		DecodeDateTime(field, ftype, nfields, &dtype, &tm, &fsec, &tz, &error) == 0 &&
+		dtype == DTK_DATE &&
+		tm2timestamp(&tm, fsec, &tz, instant) == 0;
+}
+
+/*
+ * Accepts an empty string or one fixed instant. It reports instead of raising,
+ * as a check hook must where the postmaster reads its files.
+ */
+static bool
+check_mock_now(char **newval, void **extra, GucSource source)
+{
 	TimestampTz instant;
 
 	if ((*newval)[0] == '\0')
@@ -44,11 +59,7 @@ check_mock_now(char **newval, void **extra, GucSource source)
 		return true;
 	}
 
-	if (ParseDateTime(*newval, workbuf, sizeof(workbuf), field, ftype,
-					  MAXDATEFIELDS, &nfields) != 0 ||
-		DecodeDateTime(field, ftype, nfields, &dtype, &tm, &fsec, &tz, &error) != 0 ||
-		dtype != DTK_DATE ||
-		tm2timestamp(&tm, fsec, &tz, &instant) != 0)
+	if (!clock_parse(*newval, &instant))
 	{
 		GUC_check_errdetail("It must be empty or one timestamp with time zone.");
 		return false;

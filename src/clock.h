@@ -5,5 +5,6 @@
 
 extern void clock_define_settings(void);
 extern TimestampTz clock_now(void);
+extern bool clock_parse(const char *string, TimestampTz *instant);
 
 #endif							/* CREDIT_LEASE_CLOCK_H */

@@ -5,8 +5,10 @@
  * How the sources hang together, from the caller down:
  *
  *	money_in.c, consume.c, reservation.c, settle.c, carve.c, chunk_consume.c, check.c, lease.c,
- *	reclaim.c, balance.c, admin.c
+ *	mirror.c, reclaim.c, balance.c, admin.c
  *				the SQL functions; reclaim.c also what calls give back themselves
+ *	session_deposit.c, session_charge.c, session_snapshot.c
+ *				the SQL functions of sessions
  *	supply.c	the wait of a call for its upstream, and lease_prewarm()
  *	policy.c	the settings of a pool, and whether pools may have an upstream
  *	meter.c, rule.c
@@ -16,13 +18,15 @@
  *	account.c	the lock of an account
  *	pool.c		the tranches of one pool: reading, deciding, moving amounts
  *	hold.c		the rows of reservations
- *	chunk.c		the rows of chunks
+ *	chunk.c		the rows of chunks, and of sessions
+ *	session.c	what the functions of sessions have in common
  *	ledger.c	writing what was moved, to the ledger and to the tranches
  *	statement.c	kept SPI plans
  *	worker.c, launcher.c, worker_state.c
  *				the background worker of each database, who starts it, and what it tells
- *	leasing.c, report.c
- *				what the worker asks of upstreams and makes of the answers, and what it reports
+ *	leasing.c, poll.c, report.c
+ *				what the worker asks of upstreams, for leases and for balances, and makes of the
+ *				answers, and what it reports
  *	exchange.c, http.c, upstream.c, upstream_state.c
  *				a request and its reply; HTTP; what a server is; how it is getting on
  *	demand.c, shared_memory.c, guard.c
@@ -31,8 +35,8 @@
  *				exact amounts, and the time
  *
  * Locks: a call locks the row of its account, in credit_lease.account, and waits
- * for nothing else; who spends of a chunk locks that in place of the account,
- * and who releases one locks it after the account (chunk.c). Whoever sweeps several accounts (reclaim.c) never waits.
+ * for nothing else; who spends of a chunk or a session locks that in place of the
+ * account, and who ends one locks it after the account (chunk.c). Whoever sweeps several accounts (reclaim.c) never waits.
  */
 #include "postgres.h"
 
@@ -43,6 +47,7 @@
 #include "compat.h"
 #include "demand.h"
 #include "launcher.h"
+#include "session.h"
 #include "supply.h"
 #include "upstream_state.h"
 #include "worker.h"
@@ -59,6 +64,7 @@ _PG_init(void)
 	worker_define_settings();
 	worker_state_define_settings();
 	supply_define_settings();
+	session_define_settings();
 	MarkGUCPrefixReserved("credit_lease");
 
 	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)

@@ -46,6 +46,8 @@ typedef struct Place
 {
 	Oid			database;		/* of the session; InvalidOid while none has waited */
 	bool		seen;			/* the worker knows */
+	bool		is_short;		/* the upstream was asked, and has too little so far */
+	TimestampTz until;			/* how long the session waits */
 	DemandAnswer answer;
 	char		account[DEMAND_MAX_NAME + 1];
 	char		credit[DEMAND_MAX_NAME + 1];
@@ -79,8 +81,9 @@ my_place(void)
 }
 
 /*
- * Waits for the answer, which stays DEMAND_PENDING if there is none in time;
- * or only until the worker knows.
+ * Waits for the answer, which stays DEMAND_PENDING if there is none in time,
+ * but DEMAND_REFUSED if all that was said is that there is too little; or only
+ * until the worker knows.
  */
 static DemandAnswer
 wait_for_answer(TimestampTz until, bool until_seen, char *error)
@@ -97,6 +100,8 @@ wait_for_answer(TimestampTz until, bool until_seen, char *error)
 		LWLockAcquire(lock, LW_SHARED);
 		answer = place->answer;
 		seen = place->seen;
+		if (answer == DEMAND_PENDING && place->is_short && until <= GetCurrentTimestamp())
+			answer = DEMAND_REFUSED;
 		strlcpy(error, place->error, DEMAND_MAX_ERROR);
 		LWLockRelease(lock);
 		milliseconds = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
@@ -111,7 +116,7 @@ wait_for_answer(TimestampTz until, bool until_seen, char *error)
 
 /* Tells the worker what this session waits for; returns whether there is one. */
 static bool
-post(const char *account, const char *credit, Numeric amount)
+post(const char *account, const char *credit, Numeric amount, TimestampTz until)
 {
 	char	   *digits = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(amount)));
 	Place	   *place;
@@ -122,7 +127,8 @@ post(const char *account, const char *credit, Numeric amount)
 	place = my_place();
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	place->database = MyDatabaseId;
-	place->seen = false;
+	place->seen = place->is_short = false;
+	place->until = until;
 	place->answer = DEMAND_PENDING;
 	place->error[0] = '\0';
 	strlcpy(place->account, account, sizeof(place->account));
@@ -143,7 +149,7 @@ post(const char *account, const char *credit, Numeric amount)
 DemandAnswer
 demand_wait(const char *account, const char *credit, Numeric amount, TimestampTz until, char *error)
 {
-	if (!post(account, credit, amount))
+	if (!post(account, credit, amount, until))
 	{
 		strlcpy(error, "no worker runs in this database", DEMAND_MAX_ERROR);
 		return DEMAND_UNREACHABLE;
@@ -158,11 +164,11 @@ demand_wait(const char *account, const char *credit, Numeric amount, TimestampTz
  *		what it is doing.
  */
 void
-demand_ask(const char *account, const char *credit, Numeric amount)
+demand_ask(const char *account, const char *credit, Numeric amount, TimestampTz until)
 {
 	char		error[DEMAND_MAX_ERROR];
 
-	if (post(account, credit, amount))
+	if (post(account, credit, amount, until))
 		wait_for_answer(TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LONGEST_NOTICE_MS),
 						true, error);
 }
@@ -221,6 +227,7 @@ demand_collect(void)
 															 CStringGetDatum(copy->amount),
 															 ObjectIdGetDatum(InvalidOid),
 															 Int32GetDatum(-1)));
+		demand->until = copy->until;
 		demands = lappend(demands, demand);
 	}
 	pfree(copy);
@@ -249,5 +256,28 @@ demand_answer(const char *account, const char *credit, DemandAnswer answer, cons
 		LWLockRelease(lock);
 		if (mine)
 			SetLatch(&ProcGlobal->allProcs[i].procLatch);
+	}
+}
+
+/*
+ * demand_hint_short
+ *		Lets every session of this database that waits for a pool know that the
+ *		upstream has too little so far. It goes on waiting, as somebody may top
+ *		up there.
+ */
+void
+demand_hint_short(const char *account, const char *credit)
+{
+	for (int i = 0; i < MaxBackends; i++)
+	{
+		Place	   *place = &places[i];
+
+		if (place->database != MyDatabaseId)
+			continue;
+		LWLockAcquire(lock, LW_EXCLUSIVE);
+		if (place->database == MyDatabaseId && place->answer == DEMAND_PENDING &&
+			strcmp(place->account, account) == 0 && strcmp(place->credit, credit) == 0)
+			place->is_short = true;
+		LWLockRelease(lock);
 	}
 }

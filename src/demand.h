@@ -22,13 +22,14 @@ typedef struct Demand
 {
 	char	   *account;
 	char	   *credit;
-	Numeric		amount;			/* what has to be available; 0 for any live lease */
+	Numeric		amount;			/* what has to be available; 0 for any live lease, or mirror */
+	TimestampTz until;			/* how long it waits */
 } Demand;
 
 /* The waiting session's side */
 extern DemandAnswer demand_wait(const char *account, const char *credit, Numeric amount,
 								TimestampTz until, char *error);
-extern void demand_ask(const char *account, const char *credit, Numeric amount);
+extern void demand_ask(const char *account, const char *credit, Numeric amount, TimestampTz until);
 extern void demand_at_commit(int reason);
 
 /* The worker's side */
@@ -36,5 +37,6 @@ extern void demand_request(void);
 extern List *demand_collect(void);
 extern void demand_answer(const char *account, const char *credit, DemandAnswer answer,
 						  const char *error);
+extern void demand_hint_short(const char *account, const char *credit);
 
 #endif							/* CREDIT_LEASE_DEMAND_H */

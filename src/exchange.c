@@ -8,7 +8,8 @@
  * NAME_outcome(operation, request, status, reply) makes {"lease_id",
  * "company_id", "credit_type_id", "granted", "expires_at", "released_at",
  * "balance"} of a reply, or {"error"}; balance, what the upstream has beyond
- * the lease, may be left out. What a dialect returns is not trusted: it is checked
+ * the lease, may be left out; of what was asked about a balance, that and
+ * credit_type_id are all there is. What a dialect returns is not trusted: it is checked
  * here, for all of them.
  *
  * The functions run as the owner of the server, who can make them do no more
@@ -405,17 +406,38 @@ read_terms(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
 				 errmsg("the lease in the reply is released")));
 }
 
+/* Reads and checks a balance, which may be less than nothing. */
+static void
+read_balance(Exchange *exchange, Jsonb *outcome, LeaseTerms *terms)
+{
+	Numeric		balance = required(outcome, "balance", jbvNumeric, "number")->val.numeric;
+
+	require_same(outcome, exchange->request, "credit_type_id");
+	if (numeric_is_nan(balance) || numeric_is_inf(balance) || amount_has_too_many_digits(balance))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_REPLY_HANDLE),
+				 errmsg("balance in the reply is no amount")));
+	terms->balance = DatumGetNumericCopy(NumericGetDatum(amount_without_excess(balance)));
+}
+
 static bool
 is_success(const HttpReply *reply)
 {
 	return reply->status >= 200 && reply->status <= 299;
 }
 
+static bool
+is_about_balance(const Exchange *exchange)
+{
+	return strcmp(exchange->operation, "balance") == 0;
+}
+
 /* Whether what the reply says is needed: of a report or a release, that it was taken is enough. */
 static bool
 is_about_terms(const Exchange *exchange)
 {
-	return strcmp(exchange->operation, "acquire") == 0 || strcmp(exchange->operation, "extend") == 0;
+	return strcmp(exchange->operation, "acquire") == 0 || strcmp(exchange->operation, "extend") == 0 ||
+		is_about_balance(exchange);
 }
 
 /* Has the dialect read the reply, and takes over what it says. */
@@ -446,7 +468,9 @@ read_reply(void *arg)
 		exchange->error = psprintf("status %d: %s", exchange->reply.status, string_of(error));
 	else if (error)
 		bad_dialect("error is no string");
-	if (is_success(reply) && !error && is_about_terms(exchange))
+	if (is_success(reply) && !error && is_about_balance(exchange))
+		read_balance(exchange, outcome, &exchange->terms);
+	else if (is_success(reply) && !error && is_about_terms(exchange))
 		read_terms(exchange, outcome, &exchange->terms);
 	MemoryContextSwitchTo(old);
 }
@@ -474,6 +498,12 @@ is_refusal(const Exchange *exchange)
 			return exchange->nreports == 0 &&
 				exchange->reply.status >= 400 && exchange->reply.status <= 499;
 	}
+}
+
+static const char *
+verb(const Exchange *exchange)
+{
+	return is_about_balance(exchange) ? "tell a balance" : exchange->operation;
 }
 
 /* Decides what a reply means, and how long to leave the upstream alone. */
@@ -510,7 +540,7 @@ judge(Exchange *exchange)
 		upstream_state_refused(exchange->server, reports, exchange->error, reply->latency_us);
 		ereport(LOG,
 				(errcode(ERRCODE_FDW_REPLY_HANDLE),
-				 errmsg("upstream \"%s\" refused to %s: %s", exchange->server, exchange->operation, exchange->error)));
+				 errmsg("upstream \"%s\" refused to %s: %s", exchange->server, verb(exchange), exchange->error)));
 		return;
 	}
 
@@ -533,7 +563,7 @@ judge(Exchange *exchange)
 	else
 		ereport(LOG,
 				(errcode(ERRCODE_FDW_REPLY_HANDLE),
-				 errmsg("upstream \"%s\" failed to %s: %s", exchange->server, exchange->operation, exchange->error)));
+				 errmsg("upstream \"%s\" failed to %s: %s", exchange->server, verb(exchange), exchange->error)));
 }
 
 /*

@@ -17,7 +17,7 @@ typedef enum ExchangeResult
 	EXCHANGE_FAILED				/* not answered, or with something of no use */
 } ExchangeResult;
 
-/* What an upstream says of a lease. */
+/* What an upstream says of a lease; or the balance alone, if that was asked for. */
 typedef struct LeaseTerms
 {
 	char	   *lease_id;
@@ -32,7 +32,7 @@ typedef struct Exchange
 {
 	MemoryContext context;		/* has all of it */
 	char	   *server;
-	char	   *operation;		/* acquire, extend, release or report */
+	char	   *operation;		/* acquire, extend, release, balance or report */
 	Jsonb	   *request;		/* what the dialect made a request of */
 	Upstream   *upstream;
 	char	   *url;
@@ -53,7 +53,7 @@ typedef struct Exchange
 	ExchangeResult result;
 	HttpReply	reply;
 	char	   *error;			/* where it was refused or has failed */
-	LeaseTerms	terms;			/* where an acquire or extend is done */
+	LeaseTerms	terms;			/* where an acquire, extend or balance is done */
 } Exchange;
 
 extern Exchange *exchange_prepare(const char *server, const char *operation, Jsonb *request, char **error);

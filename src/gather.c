@@ -206,7 +206,7 @@ gather(Pool *pool, Numeric amount)
 	{
 		Tranche    *tranche = pool->tranche[i];
 
-		if (!tranche->alive || !tranche->in_stripe)
+		if (!tranche->alive)
 			continue;
 		if (amount_compare(tranche->balance[REMAINING], amount) < 0 && !pool->looked)
 			pool_look(pool);

@@ -4,6 +4,10 @@
  *		it, as one bad row must not keep the worker from all the others, and
  *		what may turn out to be in vain.
  *
+ * What may be rolled back has no other one within it that is committed, unless
+ * the transaction ends soon: who waits for a row that the inner one has locked
+ * would go on to wait for the whole transaction.
+ *
  * A subtransaction has to be ended by who began it, also when an error passes
  * through: whoever catches that further out would end the inner one in place of
  * its own, and be left with the user and the settings that were valid inside.

@@ -530,10 +530,8 @@ hold_release(Pool *pool, Hold *hold, Numeric consumed)
 		spent = amount_min(left, part);
 		rest = amount_subtract(part, spent);
 		pool_move(pool, tranche, RESERVED, CONSUMED, spent);
-		pool_give_back(pool, tranche, RESERVED, rest);
+		hold->refunded = amount_add(hold->refunded, pool_give_back(pool, tranche, RESERVED, rest));
 		left = amount_subtract(left, spent);
-		if (tranche->alive)
-			hold->refunded = amount_add(hold->refunded, rest);
 	}
 	Assert(amount_sign(left) == 0);
 }

@@ -1,7 +1,7 @@
 /*
  * leasing.c
  *		The worker's side of leases: what to ask of upstreams, and what to make
- *		of the answers.
+ *		of the answers; and its requests, those of poll.c too.
  *
  * What is to be asked is a row of upstream_request, committed before it is
  * asked and removed together with the answer's effect (rule 12). After a
@@ -28,6 +28,7 @@
 #include "demand.h"
 #include "guard.h"
 #include "leasing.h"
+#include "poll.h"
 #include "statement.h"
 #include "upstream_state.h"
 
@@ -99,7 +100,7 @@ static Statement extend_statement = {
 	"  AND p.server = t.server AND (t.remaining <= t.refill_below OR (EXISTS ("
 	"   SELECT FROM (SELECT l.credit, l.kind, l.created_at FROM credit_lease.ledger l"
 	"    WHERE l.account = t.account ORDER BY l.entry_id DESC LIMIT 20) l"
-	"   WHERE l.credit = t.credit AND l.kind IN ('consume', 'reserve', 'settle', 'track') AND l.created_at > $1 - p.lease_duration)))"
+	"   WHERE l.credit = t.credit AND l.kind IN ('consume', 'reserve', 'settle', 'track', 'session_charge') AND l.created_at > $1 - p.lease_duration)))"
 	"  AND NOT EXISTS (SELECT FROM credit_lease.upstream_request q WHERE q.account = t.account AND q.credit = t.credit"
 	"   AND q.kind = 'extend' AND q.lease_id = t.lease_id AND (NOT q.refused OR q.next_try_at > $1))"
 	" LIMIT $2" OR_ASK_AGAIN,
@@ -126,18 +127,24 @@ static Statement release_statement = {
 /*
  * Who has to be asked for a pool, what it has, and what is being asked
  * already. As long as a lease of the pool is to be released, the upstream
- * would hand that one back.
+ * would hand that one back. Of a mirror the last columns tell: whether it is
+ * trusted, and when it was told.
  */
 static Statement pool_statement = {
-	.sql = "SELECT p.server, s.available, t.lease_id, r.next_try_at, r.refused, r.error"
+	.sql = "SELECT p.server, s.available, t.lease_id, r.next_try_at, r.refused, r.error,"
+	" u.supply = 'mirror', m.trusted, m.synced_at"
 	" FROM credit_lease.lease_policy($1, $2) p"
+	" LEFT JOIN credit_lease.upstream u ON u.server = p.server"
+	" LEFT JOIN (SELECT k.server, k.trusted_until IS NULL OR k.trusted_until > $3 AS trusted, c.synced_at"
+	"  FROM credit_lease.tranche k JOIN credit_lease.mirror c ON c.account = $1 AND c.credit = $2 AND c.tranche_id = k.tranche_id"
+	"  WHERE k.account = $1 AND k.credit = $2 AND k.kind = 'mirror') m ON m.server = p.server"
 	" CROSS JOIN (SELECT coalesce(pg_catalog.sum(o.remaining), 0) AS available FROM credit_lease.whole_tranche o"
 	"  WHERE o.account = $1 AND o.credit = $2 AND o.open AND o.released_at IS NULL"
-	"  AND (o.expires_at IS NULL OR o.expires_at > $3)) s"
+	"  AND (o.expires_at IS NULL OR o.expires_at > $3) AND (o.trusted_until IS NULL OR o.trusted_until > $3)) s"
 	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.kind = 'upstream'"
 	"  AND t.server = p.server AND t.released_at IS NULL AND t.expires_at > $3"
 	" LEFT JOIN credit_lease.upstream_request r ON r.account = $1 AND r.credit = $2 AND r.server = p.server"
-	"  AND (CASE WHEN t.lease_id IS NULL THEN r.kind IN ('acquire', 'release')"
+	"  AND (CASE WHEN u.supply = 'mirror' THEN r.kind = 'balance' WHEN t.lease_id IS NULL THEN r.kind IN ('acquire', 'release')"
 	"   ELSE r.kind = 'extend' AND r.lease_id = t.lease_id END)"
 	" ORDER BY r.kind DESC LIMIT 1",
 	.nargs = 3,
@@ -377,7 +384,8 @@ release_unwanted(TimestampTz now)
 
 /*
  * leasing_look
- *		Looks through the leases for those that need more, or more time.
+ *		Looks through the leases for those that need more, or more time, and
+ *		through the mirrors.
  */
 void
 leasing_look(void)
@@ -387,6 +395,7 @@ leasing_look(void)
 	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
 	parameter_add(&parameters, Int32GetDatum(LOOK_ROWS));
 	statement_execute(&extend_statement, &parameters);
+	poll_look();
 }
 
 /* Lets what has failed be tried again now: what was wrong may have been mended. */
@@ -417,6 +426,7 @@ leasing_clean(bool policies_changed)
 		statement_execute(&give_up_asking_statement, &none);
 	if (policies_changed || some_unwanted)
 		some_unwanted = !release_unwanted(now);
+	poll_follow_policies(policies_changed);
 }
 
 static bool
@@ -435,9 +445,30 @@ is_under_way(List *exchanges, const char *account, const char *credit)
 	return false;
 }
 
-/* Asks for what a pool lacks, or answers those who wait for it. */
+/* What all who wait for a pool need */
+typedef struct Need
+{
+	Numeric		sum;
+	Numeric		least;			/* that any of them needs; 0 if all would have any lease */
+	TimestampTz until;			/* how long the last of them waits */
+} Need;
+
 static void
-meet(const char *account, const char *credit, Numeric needed)
+add_need(Need *need, const Demand *demand)
+{
+	need->sum = amount_add(need->sum, demand->amount);
+	need->until = Max(need->until, demand->until);
+	if (amount_sign(demand->amount) > 0)
+		need->least = amount_sign(need->least) > 0 ? amount_min(need->least, demand->amount) : demand->amount;
+}
+
+/*
+ * Asks for what a pool lacks, or answers those who wait for it. A balance is
+ * not more for being asked for: whoever it is enough for goes on, and for the
+ * others it is asked for again, at *next_due, as it may be more the next time.
+ */
+static void
+meet(const char *account, const char *credit, const Need *need, TimestampTz *next_due)
 {
 	TimestampTz now = clock_now();
 	TimestampTz soon = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), SHORT_WAIT_MS);
@@ -455,6 +486,9 @@ meet(const char *account, const char *credit, Numeric needed)
 	bool		refused;
 	Datum		error;
 	char	   *server_error;
+	bool		mirrors;
+	bool		trusted;
+	TimestampTz synced_at;
 
 	add_text(&parameters, account);
 	add_text(&parameters, credit);
@@ -469,8 +503,12 @@ meet(const char *account, const char *credit, Numeric needed)
 	next_try_at = DatumGetTimestampTz(statement_value(0, 4, &no_request));
 	refused = DatumGetBool(statement_value(0, 5, &isnull));
 	error = statement_value(0, 6, &no_error);
+	mirrors = DatumGetBool(statement_value(0, 7, &isnull)) && !isnull;
+	trusted = DatumGetBool(statement_value(0, 8, &isnull)) && !isnull;
+	synced_at = DatumGetTimestampTz(statement_value(0, 9, &isnull));
 
-	if (amount_sign(needed) > 0 ? amount_compare(available, needed) >= 0 : !no_lease)
+	if (amount_sign(need->sum) > 0 ? amount_compare(available, mirrors ? need->least : need->sum) >= 0 :
+		mirrors ? trusted : !no_lease)
 		demand_answer(account, credit, DEMAND_SUPPLIED, NULL);
 	else if (no_server)
 		demand_answer(account, credit, DEMAND_NO_UPSTREAM, NULL);
@@ -480,6 +518,15 @@ meet(const char *account, const char *credit, Numeric needed)
 		demand_answer(account, credit, DEMAND_UNREACHABLE, no_error ? NULL : TextDatumGetCString(error));
 	else if (upstream_state_backs_off_until(server, &server_error) > soon)
 		demand_answer(account, credit, DEMAND_UNREACHABLE, server_error);
+	else if ((no_request || refused) && mirrors)
+	{
+		if (poll_ask(account, credit, synced_at, next_due))
+			return;
+		if (need->until <= GetCurrentTimestamp())
+			demand_answer(account, credit, DEMAND_REFUSED, NULL);
+		else
+			demand_hint_short(account, credit);
+	}
 	else if (no_request || refused)
 	{
 		parameter_add(&ask, TimestampTzGetDatum(now));
@@ -489,7 +536,7 @@ meet(const char *account, const char *credit, Numeric needed)
 			parameter_add_null(&ask);
 		else
 			parameter_add(&ask, lease_id);
-		parameter_add_pointer(&ask, amount_sign(needed) > 0 ? amount_subtract(needed, available) : needed);
+		parameter_add_pointer(&ask, amount_sign(need->sum) > 0 ? amount_subtract(need->sum, available) : need->sum);
 		statement_execute(&ask_statement, &ask);
 	}
 }
@@ -497,10 +544,11 @@ meet(const char *account, const char *credit, Numeric needed)
 /*
  * leasing_meet_demand
  *		Asks for what sessions wait for, all that wait for a pool together,
- *		and answers them where that is there, or will not come.
+ *		and answers them where that is there, or will not come; *next_due is
+ *		when there is more to do, if it is earlier.
  */
 void
-leasing_meet_demand(List *exchanges)
+leasing_meet_demand(List *exchanges, TimestampTz *next_due)
 {
 	List	   *demands = demand_collect();
 	ListCell   *cell;
@@ -508,11 +556,12 @@ leasing_meet_demand(List *exchanges)
 	foreach(cell, demands)
 	{
 		Demand	   *demand = lfirst(cell);
-		Numeric		needed = demand->amount;
+		Need		need = {.sum = amount_zero(), .least = amount_zero()};
 		ListCell   *other;
 
 		if (demand->account == NULL)
 			continue;			/* with an earlier one of its pool */
+		add_need(&need, demand);
 		for_each_cell(other, demands, lnext(demands, cell))
 		{
 			Demand	   *same = lfirst(other);
@@ -520,12 +569,12 @@ leasing_meet_demand(List *exchanges)
 			if (same->account && strcmp(same->account, demand->account) == 0 &&
 				strcmp(same->credit, demand->credit) == 0)
 			{
-				needed = amount_add(needed, same->amount);
+				add_need(&need, same);
 				same->account = NULL;
 			}
 		}
 		if (!is_under_way(exchanges, demand->account, demand->credit))
-			meet(demand->account, demand->credit, needed);
+			meet(demand->account, demand->credit, &need, next_due);
 	}
 }
 
@@ -555,8 +604,7 @@ add_under_way(Parameters *parameters, List *exchanges, ArrayType *backing_off)
 	{
 		if (i == 3)
 			parameter_add_pointer(parameters, backing_off);
-		parameter_add_pointer(parameters,
-							  construct_array(text[i], n, TEXTOID, -1, false, TYPALIGN_INT));
+		parameter_add_texts(parameters, text[i], n);
 	}
 }
 
@@ -582,6 +630,12 @@ postpone(const char *account, const char *credit, const char *kind, const char *
 	parameter_add(&parameters, BoolGetDatum(refused));
 	add_text(&parameters, error);
 	statement_execute(&postpone_statement, &parameters);
+}
+
+static bool
+is_about_balance(const Exchange *exchange)
+{
+	return strcmp(exchange->operation, "balance") == 0;
 }
 
 /*
@@ -630,6 +684,8 @@ leasing_prepare(List *exchanges, int most, int share, TimestampTz *next_due)
 		exchange->credit = pstrdup(column[1]);
 		exchange->lease_id = column[3] ? pstrdup(column[3]) : NULL;
 		MemoryContextSwitchTo(old);
+		if (is_about_balance(exchange))
+			poll_note(exchange);
 		prepared = lappend(prepared, exchange);
 	}
 
@@ -774,8 +830,9 @@ take_terms(void *arg)
 
 /*
  * leasing_take
- *		Takes an answer into the books. Returns false where the account is
- *		locked: it is to be tried again, in another transaction.
+ *		Takes an answer into the books. Returns false where the account, or all
+ *		of its stripes, are locked: it is to be tried again, in another
+ *		transaction.
  */
 bool
 leasing_take(Exchange *exchange)
@@ -795,7 +852,9 @@ leasing_take(Exchange *exchange)
 		if (!account_lock(account, ACCOUNT_LOCK_IF_FREE, &marks) &&
 			statement_execute(&account_statement, &parameters) > 0)
 			return false;
-		failure = guard(take_terms, exchange);
+		failure = guard(is_about_balance(exchange) ? poll_take : take_terms, exchange);
+		if (failure && failure->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE)
+			return false;
 		error = failure ? failure->message : exchange->error;
 		refused = failure == NULL && error != NULL && exchange->lease_id;
 		if (error)

@@ -84,19 +84,19 @@ static Statement change_stripe_statement = {
 };
 
 static Statement create_stripe_statement = {
-	.sql = "INSERT INTO credit_lease.tranche_stripe AS p (account, credit, tranche_id, stripe, priority, expires_at,"
+	.sql = "INSERT INTO credit_lease.tranche_stripe AS p (account, credit, tranche_id, stripe,"
 	" granted, chunked, reserved, remaining, consumed, expired, returned, revoked)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) RETURNING p.ctid",
-	.nargs = 14,
-	.argtypes = {TEXTOID, TEXTOID, INT8OID, INT4OID, INT4OID, TIMESTAMPTZOID, STRIPE_TYPES}
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) RETURNING p.ctid",
+	.nargs = 12,
+	.argtypes = {TEXTOID, TEXTOID, INT8OID, INT4OID, STRIPE_TYPES}
 };
 
-/* What only a lease changes is no part of the statement that every spend runs. */
+/* What only a lease or a mirror changes is no part of the statement that every spend runs. */
 static Statement change_lease_statement = {
-	.sql = "UPDATE credit_lease.tranche t SET expires_at = $3, released_at = $4"
+	.sql = "UPDATE credit_lease.tranche t SET expires_at = $3, released_at = $4, trusted_until = $5, overdrawn = $6"
 	" WHERE t.account = $1 AND t.ctid = $2 RETURNING t.ctid",
-	.nargs = 4,
-	.argtypes = {TEXTOID, TIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
+	.nargs = 6,
+	.argtypes = {TEXTOID, TIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, NUMERICOID}
 };
 
 static Statement draw_statement = {
@@ -131,6 +131,29 @@ changed_behind(const Pool *pool, const Tranche *tranche)
 					tranche->tranche_id, text_to_cstring(pool->account))));
 }
 
+/* Adds what an entry says of a tranche; NULL for what no tranche had. */
+static void
+add_amounts(Parameters *parameters, const Pool *pool, const Request *request, const Tranche *tranche)
+{
+	const EntryKind *kind = request->kind;
+	Numeric		amount = tranche ? change(tranche, kind->bucket) : request->shortfall;
+
+	if (amount == NULL)
+		amount = amount_zero();
+	else if (kind->negated)
+		amount = amount_negate(amount);
+
+	parameter_add_pointer(parameters, cstring_to_text(tranche ? kind->name : "shortfall"));
+	parameter_add_pointer(parameters, amount);
+	parameter_add_pointer(parameters, tranche && kind->settles ? change(tranche, REMAINING) : NULL);
+	parameter_add_pointer(parameters, tranche && kind->bucket != EXPIRED ? change(tranche, EXPIRED) : NULL);
+	parameter_add_pointer(parameters, pool->available);
+	if (tranche)
+		parameter_add(parameters, Int64GetDatum(tranche->tranche_id));
+	else
+		parameter_add_null(parameters);
+}
+
 /*
  * Adds the parameters of APPEND. The view credit_lease.movement is the inverse:
  * it tells from the kind and these amounts what changed.
@@ -140,21 +163,10 @@ add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 		  const Tranche *tranche, int64 reservation_id, int64 first_entry_id, int parts)
 {
 	bool		first = first_entry_id == 0;
-	Numeric		amount = change(tranche, request->kind->bucket);
-
-	if (amount == NULL)
-		amount = amount_zero();
-	else if (request->kind->negated)
-		amount = amount_negate(amount);
 
 	parameter_add_pointer(parameters, pool->account);
 	parameter_add_pointer(parameters, pool->credit);
-	parameter_add_pointer(parameters, cstring_to_text(request->kind->name));
-	parameter_add_pointer(parameters, amount);
-	parameter_add_pointer(parameters, request->kind->settles ? change(tranche, REMAINING) : NULL);
-	parameter_add_pointer(parameters, request->kind->bucket != EXPIRED ? change(tranche, EXPIRED) : NULL);
-	parameter_add_pointer(parameters, pool->available);
-	parameter_add(parameters, Int64GetDatum(tranche->tranche_id));
+	add_amounts(parameters, pool, request, tranche);
 	if (reservation_id == NO_RESERVATION)
 		parameter_add_null(parameters);
 	else
@@ -172,11 +184,11 @@ add_entry(Parameters *parameters, const Pool *pool, const Request *request,
 		parameter_add(parameters, Int32GetDatum(parts));
 	else
 		parameter_add_null(parameters);
-	if (tranche->refund_of != 0)
+	if (tranche && tranche->refund_of != 0)
 		parameter_add(parameters, Int64GetDatum(tranche->refund_of));
 	else
 		parameter_add_null(parameters);
-	parameter_add_pointer(parameters, request->kind->bucket != RETURNED ? change(tranche, RETURNED) : NULL);
+	parameter_add_pointer(parameters, tranche && request->kind->bucket != RETURNED ? change(tranche, RETURNED) : NULL);
 }
 
 static void
@@ -205,10 +217,34 @@ add_state(Parameters *parameters, const Tranche *tranche)
 }
 
 /*
+ * Runs a statement that appends an entry, with its parameters; returns whether
+ * it was accepted, which only the first of a request with a key need not be.
+ */
+static bool
+append(Statement *statement, Parameters *parameters, const Request *request, int64 *first_entry_id)
+{
+	bool		isnull;
+
+	if (statement_execute(statement, parameters) == 0)
+	{
+		if (request->key && *first_entry_id == 0)
+			return false;
+		ereport(ERROR,
+				(errcode(ERRCODE_LEASE_BOOKS),
+				 errmsg("the ledger did not accept an entry of account \"%s\"",
+						text_to_cstring(request->account))));
+	}
+	if (*first_entry_id == 0)
+		*first_entry_id = DatumGetInt64(statement_value(0, 1, &isnull));
+	return true;
+}
+
+/*
  * ledger_append
  *		Appends an entry for each tranche that was moved since the last time,
- *		in burn order, and returns the first one's number; 0 if none was, or
- *		the request's key is taken, in which case nothing was appended.
+ *		in burn order, and one for what was not there; returns the first one's
+ *		number; 0 if none was, or the request's key is taken, in which case
+ *		nothing was appended.
  *
  * *reservation_id is what the entries belong to; NEW_RESERVATION is replaced
  * by the number that was drawn.
@@ -217,7 +253,7 @@ int64
 ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 {
 	int64		first_entry_id = 0;
-	int			parts = 0;
+	int			parts = request->shortfall ? 1 : 0;
 
 	for (int i = 0; i < pool->ntranches; i++)
 		parts += is_changed(pool->tranche[i], pool->tranche[i]->logged);
@@ -237,22 +273,19 @@ ledger_append(Pool *pool, const Request *request, int64 *reservation_id)
 			statement = &append_new_reservation_statement;
 
 		add_entry(&parameters, pool, request, tranche, *reservation_id, first_entry_id, parts);
-		if (statement_execute(statement, &parameters) == 0)
-		{
-			if (request->key && first_entry_id == 0)
-				return 0;
-			ereport(ERROR,
-					(errcode(ERRCODE_LEASE_BOOKS),
-					 errmsg("the ledger did not accept an entry of account \"%s\"",
-							text_to_cstring(pool->account))));
-		}
-
-		if (first_entry_id == 0)
-			first_entry_id = DatumGetInt64(statement_value(0, 1, &isnull));
+		if (!append(statement, &parameters, request, &first_entry_id))
+			return 0;
 		tranche->tranche_id = DatumGetInt64(statement_value(0, 2, &isnull));
 		if (*reservation_id == NEW_RESERVATION)
 			*reservation_id = DatumGetInt64(statement_value(0, 3, &isnull));
 		memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
+	}
+	if (request->shortfall)
+	{
+		Parameters	parameters = {0};
+
+		add_entry(&parameters, pool, request, NULL, *reservation_id, first_entry_id, parts);
+		append(&append_statement, &parameters, request, &first_entry_id);
 	}
 
 	return first_entry_id;
@@ -313,17 +346,20 @@ save_stripe(const Pool *pool, Tranche *tranche)
 		parameter_add_pointer(&parameters, pool->credit);
 		parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
 		parameter_add(&parameters, Int32GetDatum(pool->stripe));
-		parameter_add(&parameters, Int32GetDatum(tranche->priority));
-		add_instant(&parameters, tranche->expires_at);
 	}
 	add_balance(&parameters, tranche);
 	write_tranche(pool, tranche, tranche->has_row ? &change_stripe_statement : &create_stripe_statement, &parameters);
 	tranche->has_row = true;
 }
 
-/* Has more asked for once a lease falls below what it should have; the worker looks by itself as well. */
-static void
-ask_for_more(const Pool *pool, const Tranche *tranche)
+/*
+ * ledger_ask_for_more
+ *		Has more asked for once a lease falls below what it should have, when
+ *		the transaction commits; the worker looks by itself as well. To be
+ *		called before what is stored is what is in memory.
+ */
+void
+ledger_ask_for_more(const Pool *pool, const Tranche *tranche)
 {
 	Numeric		below = tranche->refill_below;
 
@@ -341,9 +377,13 @@ change_lease(const Pool *pool, Tranche *tranche)
 	parameter_add_pointer(&parameters, &tranche->tid);
 	add_instant(&parameters, tranche->expires_at);
 	add_instant(&parameters, tranche->released_at);
+	add_instant(&parameters, tranche->trusted_until);
+	parameter_add_pointer(&parameters, tranche->overdrawn);
 	write_tranche(pool, tranche, &change_lease_statement, &parameters);
 	tranche->stored_expires_at = tranche->expires_at;
 	tranche->stored_released_at = tranche->released_at;
+	tranche->stored_trusted_until = tranche->trusted_until;
+	tranche->stored_overdrawn = tranche->overdrawn;
 }
 
 /*
@@ -369,12 +409,14 @@ ledger_save(Pool *pool)
 				create_tranche(pool, tranche);
 			else
 				change_tranche(pool, tranche);
-			ask_for_more(pool, tranche);
+			ledger_ask_for_more(pool, tranche);
 			memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
 			tranche->stored_hold_expires_at = tranche->hold_expires_at;
 		}
 		if (tranche->expires_at != tranche->stored_expires_at ||
-			tranche->released_at != tranche->stored_released_at)
+			tranche->released_at != tranche->stored_released_at ||
+			tranche->trusted_until != tranche->stored_trusted_until ||
+			tranche->overdrawn != tranche->stored_overdrawn)
 			change_lease(pool, tranche);
 	}
 	if (pool->stripe != 0)

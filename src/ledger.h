@@ -10,6 +10,7 @@
 
 extern int64 ledger_append(Pool *pool, const Request *request, int64 *reservation_id);
 extern void ledger_save(Pool *pool);
+extern void ledger_ask_for_more(const Pool *pool, const Tranche *tranche);
 extern int64 ledger_draw_number(void);
 extern int64 ledger_post(Pool *pool, const Request *request, int64 *reservation_id);
 

@@ -32,6 +32,19 @@ static Statement meters_statement = {
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
 };
 
+/* ... and of many features, each for an account, by preference alone. */
+static Statement many_meters_statement = {
+	.sql = "SELECT i.n::pg_catalog.int4, m.credit, m.rate, p.smallest_unit, coalesce(m.event, p.event, m.feature)"
+	" FROM unnest($1, $2) WITH ORDINALITY AS i (account, feature, n)"
+	" CROSS JOIN LATERAL (SELECT DISTINCT ON (v.credit) v.* FROM credit_lease.meter v"
+	"  WHERE v.feature = i.feature AND v.valid_from <= $3 AND (v.valid_until IS NULL OR v.valid_until > $3)"
+	"  ORDER BY v.credit, v.valid_from DESC) m"
+	" CROSS JOIN LATERAL credit_lease.lease_policy(i.account, m.credit) p"
+	" ORDER BY i.n, m.credit IS NULL, m.preference, m.credit",
+	.nargs = 3,
+	.argtypes = {TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID}
+};
+
 /* Returns what a quantity costs, rounded up to a multiple of the unit. */
 Numeric
 meter_amount(Numeric quantity, Numeric rate, Numeric unit)
@@ -131,4 +144,46 @@ meter_find(text *account, text *feature, Numeric quantity, TimestampTz now, Mete
 		}
 	}
 	return n;
+}
+
+/*
+ * meter_find_many
+ *		Finds the credits that may pay for each of many features, each for an
+ *		account, in the order of preference; returns how many in all, and for
+ *		which feature, counted from 1, each is. A feature that costs nothing has
+ *		one without a credit. What a quantity costs is not known, nor what pools
+ *		have.
+ */
+int
+meter_find_many(Datum *account, Datum *feature, int nfeatures, TimestampTz now, int **which, Meter **meters)
+{
+	Parameters	parameters = {0};
+	int			n;
+	int			found = 0;
+
+	parameter_add_texts(&parameters, account, nfeatures);
+	parameter_add_texts(&parameters, feature, nfeatures);
+	parameter_add(&parameters, TimestampTzGetDatum(now));
+	n = (int) statement_execute(&many_meters_statement, &parameters);
+	*which = palloc(sizeof(int) * n);
+	*meters = palloc0(sizeof(Meter) * n);
+	for (int row = 0; row < n; row++)
+	{
+		Meter	   *meter = &(*meters)[found];
+		bool		isnull;
+		bool		is_free;
+		Datum		credit = statement_value(row, 2, &is_free);
+
+		(*which)[found] = DatumGetInt32(statement_value(row, 1, &isnull));
+		if (is_free && found > 0 && (*which)[found - 1] == (*which)[found])
+			continue;
+		found++;
+		if (is_free)
+			continue;
+		meter->credit = DatumGetTextPP(credit);
+		meter->rate = DatumGetNumeric(statement_value(row, 3, &isnull));
+		meter->unit = DatumGetNumeric(statement_value(row, 4, &isnull));
+		meter->event = DatumGetTextPP(statement_value(row, 5, &isnull));
+	}
+	return found;
 }

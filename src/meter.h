@@ -20,6 +20,7 @@ typedef struct Meter
 } Meter;
 
 extern int	meter_find(text *account, text *feature, Numeric quantity, TimestampTz now, Meter **meters);
+extern int	meter_find_many(Datum *account, Datum *feature, int nfeatures, TimestampTz now, int **which, Meter **meters);
 extern Numeric meter_amount(Numeric quantity, Numeric rate, Numeric unit);
 
 #endif							/* CREDIT_LEASE_METER_H */

@@ -33,7 +33,7 @@ static const EntryKind kind_refund = {.name = "refund", .bucket = CONSUMED, .neg
 static Statement consumed_statement = {
 	.sql = "SELECT l.entry_id, l.credit, l.tranche_id,"
 	" CASE WHEN l.kind IN ('consume', 'settle', 'track') THEN l.amount ELSE 0 END, coalesce(r.amount, 0), l.kind = 'track',"
-	" l.kind IN ('chunk_release', 'chunk_expire') OR (l.kind = 'consume' AND l.reservation_id IS NOT NULL)"
+	" l.kind IN ('chunk_release', 'chunk_expire', 'session_charge', 'session_close', 'session_expire') OR (l.kind = 'consume' AND l.reservation_id IS NOT NULL)"
 	" FROM (SELECT coalesce(e.first_entry_id, e.entry_id) AS entry_id FROM credit_lease.ledger e"
 	"  WHERE e.account = $1 AND e.entry_id = $2) c"
 	" JOIN credit_lease.ledger f ON f.account = $1 AND f.entry_id = c.entry_id"
@@ -131,10 +131,42 @@ lease_topup(PG_FUNCTION_ARGS)
 }
 
 /*
+ * Returns whether a locked pool has an amount that can be taken away: not of
+ * mirrors, to which what has lapsed may come back while it is looked for.
+ */
+static bool
+cover_revocation(Pool *pool, Numeric amount)
+{
+	Numeric		mirrored;
+	bool		covered;
+
+	do
+	{
+		mirrored = pool_mirrored(pool);
+		covered = reclaim_cover(pool, amount_add(amount, mirrored));
+	} while (amount_compare(pool_mirrored(pool), mirrored) != 0);
+	return covered;
+}
+
+/* Raises LC001, or 0A000 where only a mirror has that much. */
+pg_noreturn static void
+refuse_revocation(const Pool *pool, Numeric amount)
+{
+	if (amount_compare(pool->available, amount) >= 0 && amount_sign(pool_mirrored(pool)) > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("a balance that lives elsewhere cannot be adjusted"),
+				 errdetail("Available: %s, of which elsewhere: %s, requested: %s.",
+						   amount_out(pool->available), amount_out(pool_mirrored(pool)), amount_out(amount)),
+				 errhint("Correct it there; the next checkpoint brings it along.")));
+	pool_refuse_short(pool, amount);
+}
+
+/*
  * lease_adjust(account, credit, amount, reason, idempotency_key, metadata)
  *		Grants a positive amount as a new tranche, or takes a negative one away
- *		in burn order, from a frozen pool as well. Raises LC001, LC002 and
- *		LC009.
+ *		in burn order, from a frozen pool as well. Raises LC001, LC002, LC009,
+ *		and 0A000 where that would have to be taken from a mirror.
  */
 PG_FUNCTION_INFO_V1(lease_adjust);
 Datum
@@ -172,7 +204,7 @@ lease_adjust(PG_FUNCTION_ARGS)
 	{
 		request.kind = &kind_adjust_down;
 		reclaim_lock(&pool, amount_negate(amount));
-		refused = !reclaim_cover(&pool, amount_negate(amount));
+		refused = !cover_revocation(&pool, amount_negate(amount));
 		if (!refused)
 			pool_take(&pool, amount_negate(amount), REVOKED);
 	}
@@ -188,7 +220,7 @@ lease_adjust(PG_FUNCTION_ARGS)
 	{
 		replayed = request_find_first(&request, !refused, &first);
 		if (!replayed)
-			pool_refuse_short(&pool, amount_negate(amount));
+			refuse_revocation(&pool, amount_negate(amount));
 	}
 
 	values[0] = Int64GetDatum(first.entry_id);
@@ -318,15 +350,15 @@ refuse_reported(const ConsumedEntry *entry, const Tranche *tranche)
 }
 
 /*
- * What was spent of a chunk is spent of its tranches only when that ends, and
- * then in one sum for all its entries.
+ * What was spent of a chunk, or of a session, is spent of its tranches only
+ * when that ends, and then in one sum for all its entries.
  */
 pg_noreturn static void
 refuse_of_chunk(int64 entry_id)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("entry " INT64_FORMAT " was spent of a chunk", entry_id),
+			 errmsg("entry " INT64_FORMAT " was spent of a chunk or of a session", entry_id),
 			 errhint("Correct the pool with credit_lease.lease_adjust().")));
 }
 
@@ -335,7 +367,7 @@ refuse_of_chunk(int64 entry_id)
  *		Gives back an amount of what the call of an entry consumed, to the
  *		tranches that it came from, see pool_give_back(). Raises LC002, LC003,
  *		LC005 where that much is not left to refund, LC009, and 0A000 for what
- *		was tracked of an upstream's lease or spent of a chunk.
+ *		was tracked of an upstream's lease or spent of a chunk or of a session.
  */
 PG_FUNCTION_INFO_V1(lease_refund);
 Datum
@@ -370,13 +402,15 @@ lease_refund(PG_FUNCTION_ARGS)
 	{
 		/* the account's lock as well, so that nobody else refunds the same, and what is closed stays it */
 		find_consumed(pool.account, entry_id, &entries, &pool.credit);
-		pool_lock(&pool);
+		pool_lock(&pool, NULL);
 		account_lock(pool.account, ACCOUNT_LOCK, &marks);
 	}
 	n = find_consumed(pool.account, entry_id, &entries, &pool.credit);
 	if (entries[0].of_chunk)
 		refuse_of_chunk(entry_id);
 	pool.closed_ids = tranche_ids(entries, n);
+	/* by the clock before a wait for the account, a tranche might not have expired */
+	pool.now = clock_now();
 	pool_read(&pool);
 	reclaim_lapsed(&pool);
 
@@ -387,9 +421,12 @@ lease_refund(PG_FUNCTION_ARGS)
 		amount = spread_refund(entries, n, entry_id, amount);
 		for (int i = 0; i < n; i++)
 		{
-			Tranche    *tranche = pool_get(&pool, entries[i].tranche_id);
+			Tranche    *tranche;
 
-			if (entries[i].tracked && tranche->server && amount_sign(entries[i].refund) > 0)
+			if (amount_sign(entries[i].refund) == 0)
+				continue;
+			tranche = pool_get(&pool, entries[i].tranche_id);
+			if (entries[i].tracked && tranche->server)
 				refuse_reported(&entries[i], tranche);
 			pool_give_back(&pool, tranche, CONSUMED, entries[i].refund);
 			tranche->refund_of = entries[i].entry_id;

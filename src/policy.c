@@ -33,14 +33,15 @@ static Statement any_statement = {
 
 /*
  * What holds for a pool, the most specific first; what holds where nobody says
- * is the last row, so that every setting but the server has a value.
+ * is the last row, so that every setting but the server and max_staleness has a value.
  */
 static Statement policy_statement = {
 	.sql = "SELECT r.* FROM (SELECT 1, p.account, p.credit, p.server, p.company_id, p.credit_type_id, p.event,"
-	"  p.lease_size, p.lease_duration, p.low_water_mark, p.safety_margin, p.hold_ttl, p.failure_mode, p.smallest_unit, p.stripes"
+	"  p.lease_size, p.lease_duration, p.low_water_mark, p.safety_margin, p.hold_ttl, p.failure_mode, p.smallest_unit, p.stripes,"
+	"  p.sync_interval, p.max_staleness"
 	"  FROM credit_lease.policy p WHERE (p.account = $1 OR p.account IS NULL) AND (p.credit = $2 OR p.credit IS NULL)"
 	" UNION ALL SELECT 2, NULL, NULL, NULL, $1, $2, $2,"
-	"  10000, '5 minutes', 0.25, '0', '60 seconds', 'closed', 1e-12, 1) AS r (n, account, credit)"
+	"  10000, '5 minutes', 0.25, '0', '60 seconds', 'closed', 1e-12, 1, '1 minute', NULL) AS r (n, account, credit)"
 	" ORDER BY r.n, r.account, r.credit",
 	.nargs = 2,
 	.argtypes = {TEXTOID, TEXTOID},
@@ -48,7 +49,7 @@ static Statement policy_statement = {
 };
 
 /* ... the number of its columns, and of those that are no settings */
-#define COLUMNS		15
+#define COLUMNS		17
 #define NO_SETTINGS	3
 
 /*

@@ -32,6 +32,7 @@
 #include "amount.h"
 #include "clock.h"
 #include "errors.h"
+#include "held.h"
 #include "pool.h"
 #include "statement.h"
 #include "stripe.h"
@@ -80,14 +81,6 @@ static Statement with_closed_statement = {
 	.argtypes = {TEXTOID, TEXTOID, INT8ARRAYOID}
 };
 
-/* ... or that alone */
-static Statement own_statement = {
-	.sql = "SELECT p.ctid, p FROM credit_lease.tranche_stripe p"
-	" WHERE p.account = $1 AND p.credit = $2 AND p.stripe = $3",
-	.nargs = 3,
-	.argtypes = {TEXTOID, TEXTOID, INT4OID}
-};
-
 static Statement elsewhere_statement = {
 	.sql = "SELECT e.tranche_id, pg_catalog.sum(e.remaining), pg_catalog.min(e.remaining) FROM (SELECT p.tranche_id, p.remaining"
 	"  FROM credit_lease.tranche_stripe p WHERE p.account = $1 AND p.credit = $2 AND p.stripe <> $3"
@@ -117,16 +110,15 @@ enum
 	COLUMN_OPEN,
 	COLUMN_BALANCE,
 	COLUMN_STRIPED = COLUMN_BALANCE + BUCKETS,
+	COLUMN_OVERDRAWN,
+	COLUMN_TRUSTED_UNTIL,
 	COLUMNS
 };
 
 /* ... and of credit_lease.tranche_stripe */
 enum
 {
-	STRIPE_COLUMN_TRANCHE_ID = 3,
-	STRIPE_COLUMN_PRIORITY,
-	STRIPE_COLUMN_EXPIRES_AT,
-	STRIPE_COLUMN_BALANCE,
+	STRIPE_COLUMN_BALANCE = 4,
 	STRIPE_COLUMNS = STRIPE_COLUMN_BALANCE + BUCKETS
 };
 
@@ -152,6 +144,17 @@ static Statement frozen_statement = {
 	.argtypes = {TEXTOID, TEXTOID}
 };
 
+/* Returns what statements about a pool begin with: its account and its credit. */
+Parameters
+pool_parameters(const Pool *pool)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, pool->account);
+	parameter_add_pointer(&parameters, pool->credit);
+	return parameters;
+}
+
 /*
  * pool_find_freeze
  *		Returns whether spending and holding are stopped in a pool, and the
@@ -161,14 +164,12 @@ static Statement frozen_statement = {
 bool
 pool_find_freeze(const Pool *pool, char **reason)
 {
-	Parameters	parameters = {0};
+	Parameters	parameters = pool_parameters(pool);
 	bool		isnull;
 	Datum		value;
 
 	if (!pool->may_be_frozen)
 		return false;
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
 	if (statement_execute(&frozen_statement, &parameters) == 0)
 		return false;
 
@@ -213,19 +214,21 @@ check_tranche(const Pool *pool, const Tranche *tranche)
 {
 	Numeric		sum = tranche->in_stripe ? amount_zero() : tranche->striped;
 
-	for (int i = GRANTED + 1; i < BUCKETS; i++)
-	{
-		if (amount_sign(tranche->balance[i]) != 0)
-			sum = amount_add(sum, tranche->balance[i]);
-	}
 	for (int i = 0; i < BUCKETS; i++)
 	{
-		if (amount_sign(tranche->balance[i]) < 0 && (!tranche->in_stripe || i == REMAINING))
+		int			sign = amount_sign(tranche->balance[i]);
+
+		if (sign < 0 && (!tranche->in_stripe || i == REMAINING))
 			books_do_not_balance(pool, tranche);
+		if (sign != 0 && i != GRANTED)
+			sum = amount_add(sum, tranche->balance[i]);
 	}
 	if (amount_compare(sum, tranche->balance[GRANTED]) != 0 ||
 		numeric_is_nan(sum) || numeric_is_inf(sum) ||
 		(is_released(tranche) && amount_sign(tranche->balance[REMAINING]) != 0))
+		books_do_not_balance(pool, tranche);
+	if (amount_sign(tranche->overdrawn) != 0 &&
+		(!tranche->is_mirror || amount_sign(tranche->overdrawn) < 0 || amount_sign(tranche->balance[REMAINING]) != 0))
 		books_do_not_balance(pool, tranche);
 }
 
@@ -240,6 +243,14 @@ static text *
 read_text(const Datum *value, const bool *null, int column)
 {
 	return null[column] ? NULL : DatumGetTextPP(value[column]);
+}
+
+static bool
+is_word(Datum value, const char *word)
+{
+	const text *string = DatumGetTextPP(value);
+
+	return VARSIZE_ANY_EXHDR(string) == strlen(word) && memcmp(VARDATA_ANY(string), word, strlen(word)) == 0;
 }
 
 /* Puts the row that a tranche has in the locked stripe, or an empty one, in place of its own. */
@@ -273,7 +284,7 @@ read_tranche(const Pool *pool, uint64 row)
 	bool	   *null;
 	bool		isnull;
 
-	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
+	tranche->tid = tranche->own_tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
 	value = statement_row(statement_value(row, 2, &isnull), COLUMNS, &null);
 	tranche->tranche_id = DatumGetInt64(value[COLUMN_TRANCHE_ID]);
 	tranche->priority = DatumGetInt32(value[COLUMN_PRIORITY]);
@@ -285,7 +296,11 @@ read_tranche(const Pool *pool, uint64 row)
 		read_instant(value, null, COLUMN_RELEASED_AT);
 	tranche->refill_below = null[COLUMN_REFILL_BELOW] ? NULL :
 		DatumGetNumeric(value[COLUMN_REFILL_BELOW]);
-	tranche->alive = tranche->expires_at > pool->now && !is_released(tranche);
+	tranche->is_mirror = is_word(value[COLUMN_KIND], "mirror");
+	tranche->overdrawn = tranche->stored_overdrawn = DatumGetNumeric(value[COLUMN_OVERDRAWN]);
+	tranche->trusted_until = tranche->stored_trusted_until =
+		read_instant(value, null, COLUMN_TRUSTED_UNTIL);
+	tranche->alive = tranche->expires_at > pool->now && !is_released(tranche) && tranche->trusted_until > pool->now;
 	tranche->hold_expires_at = tranche->stored_hold_expires_at =
 		read_instant(value, null, COLUMN_HOLD_EXPIRES_AT);
 	for (int i = 0; i < BUCKETS; i++)
@@ -339,7 +354,8 @@ require_current(const Pool *pool, Statement *statement, Parameters *parameters)
 	for (int i = 0; current && i < pool->ntranches; i++)
 	{
 		bool		isnull;
-		ItemPointer tid = (ItemPointer) DatumGetPointer(statement_value(i, 1, &isnull));
+		ItemPointer own = (ItemPointer) DatumGetPointer(statement_value(i, 1, &isnull));
+		ItemPointer tid = own;
 		int			n = 0;
 
 		if (pool->stripe != 0)
@@ -349,7 +365,8 @@ require_current(const Pool *pool, Statement *statement, Parameters *parameters)
 			if (!isnull)
 				tid = (ItemPointer) DatumGetPointer(column);
 		}
-		while (n < pool->ntranches && !ItemPointerEquals(tid, &pool->tranche[n]->tid))
+		while (n < pool->ntranches &&
+			   !(ItemPointerEquals(own, &pool->tranche[n]->own_tid) && ItemPointerEquals(tid, &pool->tranche[n]->tid)))
 			n++;
 		current = n < pool->ntranches;
 	}
@@ -394,13 +411,12 @@ require_current_elsewhere(Parameters *parameters, uint64 n)
 void
 pool_look(Pool *pool)
 {
-	Parameters	parameters = {0};
+	Parameters	parameters = pool_parameters(pool);
 	uint64		n;
 	Numeric		elsewhere = amount_zero();
 
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
 	parameter_add(&parameters, Int32GetDatum(pool->stripe));
+	pool->looked_at = GetCurrentTimestamp();
 	n = statement_execute(&elsewhere_statement, &parameters);
 	if (IsolationUsesXactSnapshot())
 		require_current_elsewhere(&parameters, n);
@@ -443,19 +459,79 @@ begin_to_look(Pool *pool)
 	}
 }
 
+/* Reads the tranches of a pool from so many rows of the last result; rows says which, or NULL for all. */
+static void
+read_tranches(Pool *pool, const uint64 *rows, int n)
+{
+	/* one instant for the whole call: by a later one, its own hold might expire */
+	if (pool->now == 0)
+		pool->now = clock_now();
+	pool->ntranches = n;
+	/* one to spare, for pool_add() */
+	pool->tranche = palloc(sizeof(Tranche *) * (n + 1));
+	pool->may_have_lapsed = false;
+	pool->is_stale = false;
+	pool->available = amount_zero();
+	pool->held = amount_zero();
+
+	for (int i = 0; i < n; i++)
+	{
+		Tranche    *tranche = read_tranche(pool, rows ? rows[i] : (uint64) i);
+
+		pool->tranche[i] = tranche;
+		if (!pool->striped && tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
+			pool->may_have_lapsed = true;
+		pool->held = amount_add(pool->held, tranche->balance[RESERVED]);
+		pool->is_stale |= tranche->trusted_until <= pool->now;
+		if (tranche->alive)
+			pool->available = amount_add(pool->available, tranche->balance[REMAINING]);
+	}
+}
+
+static void
+sort_tranches(Pool *pool)
+{
+	if (pool->ntranches > 1)
+		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
+}
+
 /*
- * pool_read
- *		Reads the tranches of a pool whose account, or a stripe of it, is
- *		locked. What was moved and not yet written is forgotten.
+ * pool_load
+ *		Does what pool_read() does for a pool that is not striped, from rows of
+ *		the last result: its open tranches, by ctid and as a whole. The snapshot
+ *		must be younger than the lock.
  */
 void
-pool_read(Pool *pool)
+pool_load(Pool *pool, const uint64 *rows, int n)
+{
+	read_tranches(pool, rows, n);
+	sort_tranches(pool);
+}
+
+/*
+ * Returns whether the locked stripe is enough to take an amount from: the
+ * tranche whose turn it is has it there, and what remains elsewhere need not be
+ * known but by what the session saw a moment ago.
+ */
+static bool
+own_is_enough(Pool *pool, Numeric amount)
+{
+	int			turn = 0;
+
+	while (turn < pool->ntranches && !pool->tranche[turn]->alive)
+		turn++;
+	return turn < pool->ntranches && amount_compare(pool->tranche[turn]->balance[REMAINING], amount) >= 0 &&
+		stripe_recall(pool);
+}
+
+/* Does pool_read(), for a call that is to take an amount, NULL for none. */
+static void
+read_pool(Pool *pool, Numeric amount)
 {
 	Statement  *statement = pool->closed_ids ? &with_closed_statement : &open_statement;
-	Parameters	parameters = {0};
+	Parameters	parameters = pool_parameters(pool);
+	bool		old_snapshot = IsolationUsesXactSnapshot();
 
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
 	if (pool->striped)
 	{
 		statement = pool->closed_ids ? &striped_with_closed_statement : &striped_statement;
@@ -465,36 +541,29 @@ pool_read(Pool *pool)
 	if (pool->closed_ids)
 		parameter_add_pointer(&parameters, pool->closed_ids);
 
-	pool->ntranches = (int) statement_execute(statement, &parameters);
-	/* one instant for the whole call: by a later one, its own hold might expire */
-	if (pool->now == 0)
-		pool->now = clock_now();
-	/* one to spare, for pool_add() */
-	pool->tranche = palloc(sizeof(Tranche *) * (pool->ntranches + 1));
-	pool->may_have_lapsed = false;
-	pool->available = amount_zero();
-	pool->held = amount_zero();
-
-	for (int i = 0; i < pool->ntranches; i++)
-	{
-		Tranche    *tranche = read_tranche(pool, i);
-
-		pool->tranche[i] = tranche;
-		if (!pool->striped && tranche->hold_expires_at <= pool->now && amount_sign(tranche->balance[RESERVED]) > 0)
-			pool->may_have_lapsed = true;
-		pool->held = amount_add(pool->held, tranche->balance[RESERVED]);
-		if (tranche->alive)
-			pool->available = amount_add(pool->available, tranche->balance[REMAINING]);
-	}
+	read_tranches(pool, NULL, (int) statement_execute(statement, &parameters));
+	sort_tranches(pool);
 	if (pool->striped)
 	{
 		begin_to_look(pool);
-		pool_look(pool);
+		if (amount && !old_snapshot && own_is_enough(pool, amount))
+			pool->available = amount_add(pool->available, pool->elsewhere);
+		else
+			pool_look(pool);
 	}
-	if (pool->ntranches > 1)
-		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
-	if (IsolationUsesXactSnapshot())
+	if (old_snapshot)
 		require_current(pool, statement, &parameters);
+}
+
+/*
+ * pool_read
+ *		Reads the tranches of a pool whose account, or a stripe of it, is
+ *		locked. What was moved and not yet written is forgotten.
+ */
+void
+pool_read(Pool *pool)
+{
+	read_pool(pool, NULL);
 }
 
 /* Raises LC009 where stripes are not there, though the account says so again and again. */
@@ -519,6 +588,7 @@ lock_one(Pool *pool)
 {
 	AccountMarks marks;
 
+	pool->is_first = !held_ever(pool->account);
 	if (stripe_is_known(pool) && stripe_lock_free(pool))
 		return pool->striped = true;
 	for (int tries = 0; !account_lock_unless_striped(pool->account, &marks); tries++)
@@ -534,100 +604,26 @@ lock_one(Pool *pool)
 		account_lock(pool->account, ACCOUNT_LOCK, &marks);
 		break;
 	}
+	stripe_forget(pool);
 	pool->may_be_frozen = marks.frozen;
-	return true;
-}
-
-/* Reads a row of tranche_stripe as all there is of a tranche. */
-static Tranche *
-read_own(const Pool *pool, uint64 row)
-{
-	Tranche    *tranche = palloc0(sizeof(Tranche));
-	bool		isnull;
-	bool	   *null;
-	Datum	   *value = statement_row(statement_value(row, 2, &isnull), STRIPE_COLUMNS, &null);
-
-	tranche->tid = *(ItemPointer) DatumGetPointer(statement_value(row, 1, &isnull));
-	tranche->tranche_id = DatumGetInt64(value[STRIPE_COLUMN_TRANCHE_ID]);
-	tranche->priority = DatumGetInt32(value[STRIPE_COLUMN_PRIORITY]);
-	tranche->expires_at = tranche->stored_expires_at = read_instant(value, null, STRIPE_COLUMN_EXPIRES_AT);
-	tranche->released_at = tranche->stored_released_at = DT_NOEND;
-	tranche->hold_expires_at = tranche->stored_hold_expires_at = DT_NOEND;
-	tranche->alive = tranche->expires_at > pool->now;
-	tranche->in_stripe = tranche->has_row = true;
-	tranche->striped = tranche->elsewhere = amount_zero();
-	for (int i = 0; i < BUCKETS; i++)
-		tranche->balance[i] = DatumGetNumeric(value[STRIPE_COLUMN_BALANCE + i]);
-	memcpy(tranche->logged, tranche->balance, sizeof(tranche->logged));
-	memcpy(tranche->stored, tranche->balance, sizeof(tranche->stored));
-	check_tranche(pool, tranche);
-	return tranche;
-}
-
-/*
- * pool_read_own
- *		Reads no more of a striped pool than the locked stripe, and returns
- *		whether that is enough to take an amount from: the tranche whose turn it
- *		is has it there. Every open tranche has a row in every stripe. A lease
- *		may have been extended, and expire later than its row says: one that
- *		seems to have expired, or to burn before another by its expiry, takes a
- *		closer look.
- */
-bool
-pool_read_own(Pool *pool, Numeric amount)
-{
-	Parameters	parameters = {0};
-
-	if (IsolationUsesXactSnapshot())
-		return false;
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
-	parameter_add(&parameters, Int32GetDatum(pool->stripe));
-	pool->ntranches = (int) statement_execute(&own_statement, &parameters);
-	if (pool->ntranches == 0)
-		return false;
-	if (pool->now == 0)
-		pool->now = clock_now();
-	pool->tranche = palloc(sizeof(Tranche *) * pool->ntranches);
-	pool->donors = NIL;
-	pool->may_have_lapsed = false;
-	pool->available = pool->held = amount_zero();
-	for (int i = 0; i < pool->ntranches; i++)
-	{
-		Tranche    *tranche = read_own(pool, i);
-
-		if (!tranche->alive)
-			return false;
-		pool->tranche[i] = tranche;
-		pool->available = amount_add(pool->available, tranche->balance[REMAINING]);
-	}
-	if (pool->ntranches > 1)
-		qsort(pool->tranche, pool->ntranches, sizeof(Tranche *), compare_burn_order);
-	if (amount_compare(pool->tranche[0]->balance[REMAINING], amount) < 0 ||
-		(pool->ntranches > 1 && pool->tranche[1]->priority == pool->tranche[0]->priority &&
-		 !TIMESTAMP_IS_NOEND(pool->tranche[0]->expires_at)))
-		return false;
-	begin_to_look(pool);
-	if (stripe_recall(pool))
-		pool->available = amount_add(pool->available, pool->elsewhere);
-	else
-		pool_look(pool);
 	return true;
 }
 
 /*
  * pool_lock
- *		Locks what a call changes of a pool that is there already, and reads
- *		it: the account, or a stripe of it. Returns whether the account is
- *		there. One that is not has an empty pool: what comes in after that look is not
+ *		Locks what a call changes of a pool that is there already, the account
+ *		or a stripe of it, and reads the pool, for a call that is to take an
+ *		amount of it, NULL for none: where the stripe is enough for that, it
+ *		need not look into others. Returns whether the account is there. One
+ *		that is not has an empty pool: what comes in after that look is not
  *		locked, and must not be read.
  */
 bool
-pool_lock(Pool *pool)
+pool_lock(Pool *pool, Numeric amount)
 {
 	if (lock_one(pool))
 	{
-		pool_read(pool);
+		read_pool(pool, amount);
 		return true;
 	}
 	pool->now = clock_now();
@@ -661,11 +657,12 @@ pool_lock_account(Pool *pool, AccountLock how)
 	return true;
 }
 
-/* Returns whether something of a tranche is left, held or carved out. */
+/* Returns whether something of a tranche is left, held or carved out, or may be put there again. */
 bool
 tranche_is_open(const Tranche *tranche)
 {
-	return amount_sign(tranche->balance[REMAINING]) != 0 ||
+	return tranche->is_mirror ||
+		amount_sign(tranche->balance[REMAINING]) != 0 ||
 		amount_sign(tranche->balance[RESERVED]) != 0 ||
 		amount_sign(tranche->balance[CHUNKED]) != 0 ||
 		amount_sign(tranche->striped) != 0;
@@ -710,9 +707,11 @@ pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at)
 	tranche->expires_at = tranche->stored_expires_at = expires_at;
 	tranche->released_at = tranche->stored_released_at = DT_NOEND;
 	tranche->hold_expires_at = tranche->stored_hold_expires_at = DT_NOEND;
+	tranche->trusted_until = tranche->stored_trusted_until = DT_NOEND;
 	tranche->alive = true;
 	tranche->is_new = true;
 	tranche->striped = tranche->elsewhere = amount_zero();
+	tranche->overdrawn = tranche->stored_overdrawn = tranche->striped;
 	for (int i = 0; i < BUCKETS; i++)
 		tranche->balance[i] = tranche->logged[i] = tranche->stored[i] = amount_zero();
 	pool->tranche[pool->ntranches++] = tranche;
@@ -733,14 +732,12 @@ pool_grant(Pool *pool, Tranche *tranche, Numeric amount)
 static bool
 has_elsewhere(const Pool *pool, const Tranche *tranche, Bucket bucket, Numeric amount)
 {
-	Parameters	parameters = {0};
+	Parameters	parameters = pool_parameters(pool);
 	Numeric		unsaved = amount_subtract(tranche->balance[bucket], tranche->stored[bucket]);
 	bool		isnull;
 	int			column = bucket == CHUNKED ? 1 : bucket == RESERVED ? 2 : 3;
 
 	Assert(bucket == CHUNKED || bucket == RESERVED || bucket == CONSUMED);
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
 	parameter_add(&parameters, Int64GetDatum(tranche->tranche_id));
 	return statement_execute(&whole_statement, &parameters) == 1 &&
 		amount_compare(amount_add(DatumGetNumeric(statement_value(0, column, &isnull)), unsaved), amount) >= 0;
@@ -775,27 +772,87 @@ pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount)
 
 /*
  * pool_give_back
- *		Moves an amount back to what a tranche has left (rule 8). To one that
- *		has expired it comes back too late, and expires; to a lease that was
- *		released it comes back to be returned, as the rest of it was, and is
- *		no more ours to spend.
+ *		Moves an amount back to what a tranche has left (rule 8), and returns
+ *		how much of it that now has. To one that has expired it comes back too
+ *		late, and expires; to a lease that was released it comes back to be
+ *		returned, as the rest of it was, and is no more ours to spend; and so it
+ *		is with a mirror, as far as others have spent of the same balance what
+ *		was held here.
  */
-void
+Numeric
 pool_give_back(Pool *pool, Tranche *tranche, Bucket from, Numeric amount)
 {
-	Bucket		to = EXPIRED;
+	if (tranche->is_mirror)
+	{
+		Numeric		spent = amount_min(tranche->overdrawn, amount);
 
-	if (is_released(tranche))
-		to = RETURNED;
-	else if (tranche->alive)
-		to = REMAINING;
-	pool_move(pool, tranche, from, to, amount);
+		if (amount_sign(spent) > 0)
+		{
+			pool_move(pool, tranche, from, RETURNED, spent);
+			tranche->overdrawn = amount_subtract(tranche->overdrawn, spent);
+			amount = amount_subtract(amount, spent);
+		}
+		pool_move(pool, tranche, from, REMAINING, amount);
+		return amount;
+	}
+	if (tranche->alive)
+	{
+		pool_move(pool, tranche, from, REMAINING, amount);
+		return amount;
+	}
+	pool_move(pool, tranche, from, is_released(tranche) ? RETURNED : EXPIRED, amount);
+	return amount_zero();
+}
+
+/*
+ * pool_set_mirror
+ *		Lets so much be left of a mirror, which is less than nothing where it
+ *		is overdrawn, and may be spent until an instant.
+ */
+void
+pool_set_mirror(Pool *pool, Tranche *mirror, Numeric left, TimestampTz trusted_until)
+{
+	Numeric		remaining = amount_sign(left) > 0 ? left : amount_zero();
+	Numeric		more = amount_subtract(remaining, mirror->balance[REMAINING]);
+	Numeric		overdrawn = amount_subtract(remaining, left);
+
+	if (mirror->alive)
+		pool->available = amount_subtract(pool->available, mirror->balance[REMAINING]);
+	if (amount_sign(more) != 0)
+		mirror->balance[REMAINING] = remaining;
+	if (amount_sign(more) > 0)
+		mirror->balance[GRANTED] = amount_add(mirror->balance[GRANTED], more);
+	else if (amount_sign(more) < 0)
+		mirror->balance[REVOKED] = amount_subtract(mirror->balance[REVOKED], more);
+	if (amount_compare(overdrawn, mirror->overdrawn) != 0)
+		mirror->overdrawn = overdrawn;
+	mirror->trusted_until = trusted_until;
+	mirror->alive = trusted_until > pool->now;
+	if (mirror->alive)
+		pool->available = amount_add(pool->available, remaining);
+}
+
+/* Returns how much of what a locked pool has available is of mirrors. */
+Numeric
+pool_mirrored(const Pool *pool)
+{
+	Numeric		mirrored = amount_zero();
+
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		const Tranche *tranche = pool->tranche[i];
+
+		if (tranche->is_mirror && tranche->alive)
+			mirrored = amount_add(mirrored, tranche->balance[REMAINING]);
+	}
+	return mirrored;
 }
 
 /*
  * pool_take
  *		Moves an amount that the pool has available to another term, from as
- *		many tranches as it takes, in burn order.
+ *		many tranches as it takes, in burn order. Of a mirror nothing can be
+ *		revoked: that balance is not ours.
  */
 void
 pool_take(Pool *pool, Numeric amount, Bucket to)
@@ -805,7 +862,7 @@ pool_take(Pool *pool, Numeric amount, Bucket to)
 		Tranche    *tranche = pool->tranche[i];
 		Numeric		part;
 
-		if (!tranche->alive)
+		if (!tranche->alive || (tranche->is_mirror && to == REVOKED))
 			continue;
 		part = amount_min(tranche->balance[REMAINING], amount);
 		pool_move(pool, tranche, REMAINING, to, part);
@@ -819,13 +876,11 @@ pool_take(Pool *pool, Numeric amount, Bucket to)
 static Numeric
 find_held(const Pool *pool)
 {
-	Parameters	parameters = {0};
+	Parameters	parameters = pool_parameters(pool);
 	bool		isnull;
 
 	if (!pool->striped)
 		return pool->held;
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
 	statement_execute(&held_statement, &parameters);
 	return DatumGetNumeric(statement_value(0, 1, &isnull));
 }
@@ -836,9 +891,10 @@ detail(const Pool *pool, Numeric requested, Numeric all_held)
 	char	   *available = amount_out(pool->available);
 	char	   *held = amount_out(all_held);
 
-	if (pool->upstream_error)
+	if (pool->upstream_error || pool->is_stale)
 		return errdetail("Available: %s, held: %s, requested: %s; upstream: %s.",
-						 available, held, amount_out(requested), pool->upstream_error);
+						 available, held, amount_out(requested),
+						 pool->upstream_error ? pool->upstream_error : POOL_STALE);
 	return errdetail("Available: %s, held: %s, requested: %s.",
 					 available, held, amount_out(requested));
 }
@@ -854,6 +910,13 @@ refuse_unsupplied(const Pool *pool, Numeric requested)
 			 errhint("Try again later; credit_lease.upstream_status tells how the upstream does.")));
 }
 
+/* Returns whether nobody knows what a pool that is short could have. */
+bool
+pool_lacks_supply(const Pool *pool)
+{
+	return pool->unreachable || pool->is_stale;
+}
+
 /* Raises LC007 where the pool is frozen, and LC008 or LC001 where it is not. */
 void
 pool_refuse(const Pool *pool, Numeric requested)
@@ -862,7 +925,7 @@ pool_refuse(const Pool *pool, Numeric requested)
 
 	if (pool_find_freeze(pool, &reason))
 		pool_refuse_frozen(pool, reason);
-	if (pool->unreachable)
+	if (pool_lacks_supply(pool))
 		refuse_unsupplied(pool, requested);
 	pool_refuse_short(pool, requested);
 }

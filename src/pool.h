@@ -9,6 +9,7 @@
 #include "account.h"
 #include "amount.h"
 #include "compat.h"
+#include "statement.h"
 
 /* The terms of rule 2; granted is the sum of the others. In the table's order. */
 typedef enum Bucket
@@ -28,6 +29,9 @@ typedef enum Bucket
 /* Where the caller does not say. */
 #define DEFAULT_PRIORITY	100
 
+/* Why a pool with a mirror that is not trusted any more is short */
+#define POOL_STALE	"what it said of its balance is too old"
+
 /*
  * A tranche of a locked account. An amount that did not change is the same pointer in all
  * three arrays.
@@ -40,13 +44,19 @@ typedef struct Tranche
 	TimestampTz stored_expires_at;
 	text	   *server;			/* whose lease it is; NULL for none */
 	text	   *lease_id;		/* NULL for what is no lease */
+	bool		is_mirror;
 	TimestampTz released_at;	/* DT_NOEND while it is not */
 	TimestampTz stored_released_at;
 	Numeric		refill_below;	/* see the table; NULL for none */
+	TimestampTz trusted_until;	/* DT_NOEND for ever */
+	TimestampTz stored_trusted_until;
+	Numeric		overdrawn;		/* by how much less than nothing remains of a mirror */
+	Numeric		stored_overdrawn;
 	TimestampTz hold_expires_at;	/* none of its holds expires earlier */
 	TimestampTz stored_hold_expires_at;
 	ItemPointerData tid;		/* of the row */
-	bool		alive;			/* by the clock of the call, and not released */
+	ItemPointerData own_tid;	/* ... of the tranche itself, where that is in a stripe */
+	bool		alive;			/* by the clock of the call, not released, and trusted */
 	bool		is_new;			/* not in the table yet */
 	bool		in_stripe;		/* the row and the amounts are of tranche_stripe */
 	bool		has_row;		/* ... and it is there */
@@ -86,7 +96,10 @@ typedef struct Pool
 	int			stripe;			/* the one that the call works in, 0 for the account's own rows */
 	StripeRow	stripe_row;		/* that was locked */
 	bool		has_all;		/* all stripes are locked, and the account */
+	bool		is_first;		/* nothing of the account was locked before */
+	Numeric		wanted;			/* of which the call takes what there is, beyond what it needs; or NULL */
 	bool		looked;			/* what remains elsewhere is known for each tranche */
+	TimestampTz looked_at;		/* ... since */
 	Numeric		elsewhere;		/* ... or for all that are alive, from a moment ago */
 	uint32		composition;	/* changes with what the pool consists of */
 	List	   *donors;			/* not saved yet */
@@ -95,6 +108,7 @@ typedef struct Pool
 	bool		may_be_frozen;	/* something of the account is frozen */
 	char	   *upstream_error;	/* why its upstream has not supplied it, or NULL */
 	bool		unreachable;	/* ... that being that it could not be asked in time */
+	bool		is_stale;		/* ... or that what it has said of a mirror is too old */
 	bool		may_have_lapsed;	/* expired holds that are not given back */
 	bool		has_lapsed_chunks;	/* of a striped pool: so it was found */
 	Numeric		available;
@@ -103,10 +117,11 @@ typedef struct Pool
 	Tranche   **tranche;
 } Pool;
 
-extern bool pool_lock(Pool *pool);
+extern Parameters pool_parameters(const Pool *pool);
+extern bool pool_lock(Pool *pool, Numeric amount);
 extern bool pool_lock_account(Pool *pool, AccountLock how);
 extern void pool_read(Pool *pool);
-extern bool pool_read_own(Pool *pool, Numeric amount);
+extern void pool_load(Pool *pool, const uint64 *rows, int n);
 extern void pool_look(Pool *pool);
 extern bool pool_find_freeze(const Pool *pool, char **reason);
 extern bool pool_is_frozen(const Pool *pool);
@@ -115,8 +130,11 @@ extern Tranche *pool_get(const Pool *pool, int64 tranche_id);
 extern Tranche *pool_add(Pool *pool, Numeric amount, int32 priority, TimestampTz expires_at);
 extern void pool_grant(Pool *pool, Tranche *tranche, Numeric amount);
 extern void pool_move(Pool *pool, Tranche *tranche, Bucket from, Bucket to, Numeric amount);
-extern void pool_give_back(Pool *pool, Tranche *tranche, Bucket from, Numeric amount);
+extern Numeric pool_give_back(Pool *pool, Tranche *tranche, Bucket from, Numeric amount);
+extern void pool_set_mirror(Pool *pool, Tranche *mirror, Numeric left, TimestampTz trusted_until);
+extern Numeric pool_mirrored(const Pool *pool);
 extern void pool_take(Pool *pool, Numeric amount, Bucket to);
+extern bool pool_lacks_supply(const Pool *pool);
 pg_noreturn extern void pool_refuse(const Pool *pool, Numeric requested);
 pg_noreturn extern void pool_refuse_frozen(const Pool *pool, const char *reason);
 pg_noreturn extern void pool_refuse_short(const Pool *pool, Numeric requested);

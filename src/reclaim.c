@@ -15,6 +15,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "miscadmin.h"
@@ -28,6 +29,7 @@
 #include "errors.h"
 #include "gather.h"
 #include "guard.h"
+#include "held.h"
 #include "hold.h"
 #include "ledger.h"
 #include "reclaim.h"
@@ -186,7 +188,7 @@ write_off(Pool *pool)
 	{
 		Tranche    *tranche = pool->tranche[i];
 
-		if (tranche->alive || amount_sign(tranche->balance[REMAINING]) == 0)
+		if (tranche->alive || tranche->is_mirror || amount_sign(tranche->balance[REMAINING]) == 0)
 			continue;
 		pool_move(pool, tranche, REMAINING, EXPIRED, tranche->balance[REMAINING]);
 		any = true;
@@ -225,11 +227,9 @@ reclaim_lock_account(Pool *pool)
 static void
 look_for_lapsed(Pool *pool)
 {
-	Parameters	parameters = {0};
+	Parameters	parameters = pool_parameters(pool);
 	bool		isnull;
 
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
 	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
 	statement_execute(&lapsed_statement, &parameters);
 	pool->may_have_lapsed = DatumGetBool(statement_value(0, 1, &isnull));
@@ -264,6 +264,9 @@ may_have_chunks(Pool *pool)
 static bool
 cover_freely(Pool *pool, Numeric amount)
 {
+	/* what the session saw a moment ago refuses nobody */
+	if (pool->stripe != 0 && !pool->looked && amount_compare(pool->available, amount) < 0)
+		pool_look(pool);
 	while (amount_compare(pool->available, amount) < 0 && may_have_lapsed(pool))
 	{
 		if (!give_back_batch(pool, give_back))
@@ -281,9 +284,9 @@ cover_freely(Pool *pool, Numeric amount)
  * reclaim_cover
  *		Returns whether a locked pool has an amount available, and the call can
  *		take it. Before it says no, it gives all of the pool's expired holds
- *		and chunks back; in a striped pool it looks into all stripes, and waits
- *		for those who have locked what it needs, as far as it may. Nothing may
- *		be moved and not saved.
+ *		and chunks back; in a striped pool it looks into all stripes, and tries
+ *		to lock what others have locked, see stripe_lock_all(). Nothing may be
+ *		moved and not saved.
  */
 bool
 reclaim_cover(Pool *pool, Numeric amount)
@@ -291,7 +294,8 @@ reclaim_cover(Pool *pool, Numeric amount)
 	if (cover_freely(pool, amount))
 		return true;
 	/* where too little is committed, nobody has to be waited for */
-	if (pool->stripe == 0 || pool->has_all || amount_compare(pool->available, amount) < 0 || !stripe_lock_all(pool))
+	if (pool->stripe == 0 || pool->has_all || amount_compare(pool->available, amount) < 0 ||
+		!stripe_lock_all(pool, NULL, NULL))
 		return false;
 	pool_read(pool);
 	return cover_freely(pool, amount);
@@ -312,7 +316,7 @@ reclaim_reach(Pool *pool, Numeric amount)
 		return amount;
 	for (int i = 0; i < pool->ntranches; i++)
 	{
-		if (pool->tranche[i]->alive && pool->tranche[i]->in_stripe)
+		if (pool->tranche[i]->alive)
 			reach = amount_add(reach, pool->tranche[i]->balance[REMAINING]);
 	}
 	return amount_min(amount, reach);
@@ -323,33 +327,47 @@ typedef struct Need
 {
 	Pool	   *pool;
 	Numeric		amount;
+	bool		in_full;		/* or it needs no lock */
+	bool		is_locked;		/* it is there, but others have it locked */
 } Need;
 
+/* Returns whether the locks that a call has are all that it needs. */
 static bool
-lock_freely(void *arg)
+suffices(Need *need)
+{
+	Pool	   *pool = need->pool;
+	bool		enough = cover_freely(pool, need->amount);
+	bool		reached = enough;
+
+	/* what there is of the rest, it is to have as well */
+	if (enough && pool->wanted && amount_compare(pool->wanted, need->amount) > 0)
+		reached = cover_freely(pool, pool->wanted) || cover_freely(pool, amount_min(pool->wanted, pool->available));
+	need->is_locked = !reached && !pool->has_all && amount_compare(pool->available, need->amount) >= 0;
+	return reached || (!need->in_full && !need->is_locked);
+}
+
+static bool
+lock_some(void *arg)
 {
 	Need	   *need = arg;
 
-	if (!stripe_lock_free(need->pool))
+	need->is_locked = false;
+	if (!pool_lock(need->pool, need->amount))
 		return false;
-	pool_read(need->pool);
-	return cover_freely(need->pool, need->amount) || amount_compare(need->pool->available, need->amount) < 0;
+	reclaim_lapsed(need->pool);
+	return suffices(need);
 }
 
-/*
- * reclaim_lock_plenty
- *		Does reclaim_lock() if the session knows a pool as striped and there is
- *		a free stripe with plenty; returns whether it did.
- */
-bool
-reclaim_lock_plenty(Pool *pool, Numeric amount)
+static bool
+read_all(void *arg)
 {
-	if (!stripe_lock_plenty(pool, amount))
+	Need	   *need = arg;
+
+	if (need->pool->stripe == 0)
 		return false;
-	pool->striped = true;
-	if (!pool_read_own(pool, amount))
-		pool_read(pool);
-	return true;
+	need->pool->striped = true;
+	pool_read(need->pool);
+	return suffices(need);
 }
 
 /*
@@ -357,27 +375,50 @@ reclaim_lock_plenty(Pool *pool, Numeric amount)
  * the pool has an amount that nobody has locked; or one stripe, if it does not
  * have that much; or all, after whoever has locked one, and so that no two calls
  * that need more than one stripe wait for each other: what was locked on the
- * way is free again by then. Returns false where the pool is not striped.
+ * way is free again by then. Or the account. Returns false where that is not
+ * there, or too little is and the call needs it in full.
  */
 static bool
-lock_stripes(Pool *pool, Numeric amount)
+lock(Need *need)
 {
+	Pool		before = *need->pool;
+
+	while (!guard_attempt(lock_some, need))
+	{
+		if (!need->is_locked)
+			return false;
+		*need->pool = before;
+		if (stripe_lock_all(need->pool, read_all, need))
+			return true;
+		if (!need->is_locked || !need->pool->has_all)
+			return false;
+		/* it is not striped any more */
+		*need->pool = before;
+	}
+	return true;
+}
+
+/*
+ * Does lock() for a transaction that has locked nothing of the account. Where
+ * the call is to be refused, the error may end a savepoint, of which nothing is
+ * to be left that others go on to wait for: guard_attempt() is not committed
+ * there.
+ */
+static bool
+lock_unheld(Pool *pool, Numeric amount)
+{
+	bool		is_nested = GetCurrentTransactionNestLevel() > 1;
 	Pool		before = *pool;
 
-	if (reclaim_lock_plenty(pool, amount))
+	if (lock(&(Need) {.pool = pool, .amount = amount, .in_full = is_nested}))
 		return true;
-	pool->striped = true;
-	if (guard_attempt(lock_freely, &(Need) {pool, amount}))
-		return true;
+	if (!is_nested)
+		return false;
 	*pool = before;
-	pool->striped = true;
-	if (stripe_lock_all(pool))
-	{
-		pool_read(pool);
-		return true;
-	}
-	pool->striped = false;
-	return false;
+	if (!pool_lock(pool, amount))
+		return false;
+	reclaim_lapsed(pool);
+	return true;
 }
 
 /*
@@ -390,29 +431,38 @@ reclaim_lock(Pool *pool, Numeric amount)
 {
 	AccountMarks marks;
 
-	if (stripe_is_known(pool) && lock_stripes(pool, amount))
-		return true;
-	if (account_lock_unless_striped(pool->account, &marks))
+	if (!stripe_is_known(pool) && account_lock_unless_striped(pool->account, &marks))
 	{
 		pool->may_be_frozen = marks.frozen;
 		pool_read(pool);
 	}
-	else if (stripe_count(pool) > 0 && lock_stripes(pool, amount))
-		return true;
-	else if (!pool_lock(pool))
+	else if (!held_ever(pool->account))
+		return lock_unheld(pool, amount);
+	else if (!pool_lock(pool, amount))
 		return false;
 	reclaim_lapsed(pool);
 	return true;
 }
 
 /*
+ * reclaim_lock_if_enough
+ *		Does reclaim_lock() if the pool has an amount, and returns whether it
+ *		has, and the call can take it. If not, nothing is locked.
+ */
+bool
+reclaim_lock_if_enough(Pool *pool, Numeric amount)
+{
+	return lock(&(Need) {.pool = pool, .amount = amount, .in_full = true});
+}
+
+/*
  * reclaim_lock_hold
  *		Locks a pool, and reads it and one of its holds, for a call that ends
  *		or changes the hold; need tells what it is to take beyond it, NULL for
- *		nothing. Raises LC003.
+ *		nothing: in full, or as far as there is any. Raises LC003.
  */
 void
-reclaim_lock_hold(Pool *pool, int64 reservation_id, Hold *hold, HoldNeed need, const void *arg)
+reclaim_lock_hold(Pool *pool, int64 reservation_id, Hold *hold, HoldNeed need, const void *arg, bool in_full)
 {
 	AccountMarks marks;
 	Numeric		amount;
@@ -431,10 +481,12 @@ reclaim_lock_hold(Pool *pool, int64 reservation_id, Hold *hold, HoldNeed need, c
 		hold_not_found(pool->account, reservation_id);
 	pool->credit = hold->credit;
 	amount = need ? need(hold, arg) : amount_zero();
+	if (!in_full)
+		pool->wanted = amount;
 	if (amount_sign(amount) > 0)
-		reclaim_lock(pool, amount);
+		reclaim_lock(pool, in_full ? amount : amount_zero());
 	else
-		pool_lock(pool);
+		pool_lock(pool, NULL);
 	hold_lock(pool, reservation_id, hold);
 	/* by the clock before a wait for the hold, it might not have expired */
 	pool->now = clock_now();

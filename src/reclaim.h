@@ -8,9 +8,10 @@
 typedef Numeric (*HoldNeed) (const Hold *hold, const void *arg);
 
 extern void reclaim_lock_account(Pool *pool);
-extern bool reclaim_lock_plenty(Pool *pool, Numeric amount);
 extern bool reclaim_lock(Pool *pool, Numeric amount);
-extern void reclaim_lock_hold(Pool *pool, int64 reservation_id, Hold *hold, HoldNeed need, const void *arg);
+extern bool reclaim_lock_if_enough(Pool *pool, Numeric amount);
+extern void reclaim_lock_hold(Pool *pool, int64 reservation_id, Hold *hold, HoldNeed need, const void *arg,
+							  bool in_full);
 extern Numeric reclaim_reach(Pool *pool, Numeric amount);
 extern bool reclaim_tidy(text *account, text *credit);
 extern void reclaim_lapsed(Pool *pool);

@@ -10,7 +10,8 @@
  * transaction that is under way began, as PgQ does. What is read becomes a row
  * of usage_report in the same transaction, which leaves when the upstream has
  * taken it. Lease and entry are the key by which the upstream counts it once,
- * however often it is sent.
+ * however often it is sent. Of a mirror, what the upstream has taken is added up
+ * in the same transaction, for poll.c.
  *
  * An entry is reported as it was spent, less what has been refunded before
  * that; what is refunded later is taken off the lease's next reports.
@@ -56,6 +57,9 @@
 #define FIRST_RETRY_MS		100
 #define LONGEST_RETRY_MS	10000
 
+/* What a mirror is called, where a lease has its id */
+#define MIRROR_NAME(row) "(" row ".account || '/' || " row ".credit || '/' || " row ".tranche_id)"
+
 /* A tranche is closed when nobody is at work in any of its stripes, and stays closed but for refunds. */
 #define IN_STRIPES \
 	"(t.open AND EXISTS (SELECT FROM credit_lease.striped_pool s WHERE s.account = t.account AND s.credit = t.credit))"
@@ -64,15 +68,18 @@
  * Up to each entry so much has to be reported: the least that is spent there
  * or after any later entry, above what is owed. So a refund takes off what was
  * spent before it, as long as that has not been reported. The leases that have
- * not been read for longest come first.
+ * not been read for longest come first. As a running total, all of that is one
+ * report, in the place of an earlier one that the upstream has not taken: in
+ * its lane, so that they are not sent out of order.
  */
 static Statement collect_statement = {
 	.custom = true,
-	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, u.server, u.lease_id, u.striped,"
-	"  coalesce(u.company_id, p.company_id) AS company_id, p.event"
-	"  FROM (SELECT i.*, t.server, t.lease_id, " IN_STRIPES " AS striped FROM credit_lease.lease_usage i JOIN credit_lease.whole_tranche t"
+	.sql = "WITH lease AS (SELECT u.account, u.credit, u.tranche_id, u.entry_id, u.owed, u.total AS told, u.server, u.lease_id, u.is_mirror, u.striped,"
+	"  coalesce(u.company_id, p.company_id) AS company_id, p.event, p.credit_type_id, coalesce(s.usage = 'cumulative', false) AS cumulative"
+	"  FROM (SELECT i.*, t.server, t.lease_id, t.kind = 'mirror' AS is_mirror, " IN_STRIPES " AS striped FROM credit_lease.lease_usage i JOIN credit_lease.whole_tranche t"
 	"    ON t.account = i.account AND t.credit = i.credit AND t.tranche_id = i.tranche_id"
-	"   WHERE NOT i.complete AND t.consumed <> i.consumed AND (i.entry_id < $3 OR NOT " IN_STRIPES ") ORDER BY i.entry_id LIMIT $1) u, credit_lease.lease_policy(u.account, u.credit) p),"
+	"   WHERE NOT i.complete AND t.consumed <> i.consumed AND (i.entry_id < $3 OR NOT " IN_STRIPES ") ORDER BY i.entry_id LIMIT $1) u CROSS JOIN LATERAL credit_lease.lease_policy(u.account, u.credit) p"
+	"  LEFT JOIN credit_lease.upstream s ON s.server = u.server),"
 	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at,"
 	"   pg_catalog.sum(m.consumed) OVER lease AS total,"
 	"   pg_catalog.sum(m.consumed) FILTER (WHERE m.kind <> 'track') OVER lease AS to_report"
@@ -83,19 +90,26 @@ static Statement collect_statement = {
 	"  WINDOW lease AS (PARTITION BY l.account, l.credit, l.tranche_id ORDER BY m.id)),"
 	" due AS (SELECT e.*, greatest(pg_catalog.min(coalesce(e.to_report, 0) - e.owed) OVER (PARTITION BY e.account, e.credit, e.tranche_id"
 	"   ORDER BY e.id DESC), 0) AS reported FROM entry e),"
+	" last AS (SELECT DISTINCT ON (d.account, d.credit, d.tranche_id) d.* FROM due d ORDER BY d.account, d.credit, d.tranche_id, d.id DESC),"
+	" superseded AS (DELETE FROM credit_lease.usage_report r USING last t WHERE t.cumulative AND t.reported > 0"
+	"   AND r.account = t.account AND r.credit = t.credit AND r.tranche_id = t.tranche_id AND r.cumulative"
+	"   RETURNING r.account, r.credit, r.tranche_id, r.credits, CASE WHEN r.refused_at IS NULL THEN r.lane END AS lane),"
 	" report AS (INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
-	"   company_id, event, quantity, created_at, idempotency_key, lane)"
-	"  SELECT d.account, d.id, d.credit, d.tranche_id, d.server, d.lease_id, d.company_id, d.event, d.quantity,"
-	"   d.created_at, d.lease_id || ':' || d.id || ':' || (extract(epoch FROM d.created_at) * 1000000)::pg_catalog.int8,"
-	"   " LANE_OF("d.account")
-	"  FROM (SELECT d.*, d.reported - pg_catalog.lag(d.reported, 1, 0.0)"
-	"    OVER (PARTITION BY d.account, d.credit, d.tranche_id ORDER BY d.id) AS quantity FROM due d) d"
-	"  WHERE d.quantity > 0)"
+	"   company_id, event, quantity, created_at, idempotency_key, lane, credit_type_id, credits, cumulative)"
+	"  SELECT q.account, q.id, q.credit, q.tranche_id, q.server, q.lease_id, q.company_id, q.event, q.quantity,"
+	"   q.created_at, coalesce(q.lease_id, " MIRROR_NAME("q") ") || ':' || q.id || ':' || (extract(epoch FROM q.created_at) * 1000000)::pg_catalog.int8,"
+	"   coalesce(q.lane, " LANE_OF("q.account") "), q.credit_type_id, CASE WHEN q.is_mirror THEN q.credits END, q.cumulative"
+	"  FROM (SELECT e.*, e.credits AS quantity, NULL AS lane FROM (SELECT d.*, d.reported - pg_catalog.lag(d.reported, 1, 0::pg_catalog.numeric)"
+	"     OVER (PARTITION BY d.account, d.credit, d.tranche_id ORDER BY d.id) AS credits FROM due d WHERE NOT d.cumulative) e"
+	"    WHERE e.credits > 0"
+	"   UNION ALL SELECT t.*, t.reported + coalesce(o.credits, 0), t.told + t.reported, o.lane"
+	"    FROM last t LEFT JOIN (SELECT r.account, r.credit, r.tranche_id, pg_catalog.sum(r.credits) AS credits, pg_catalog.max(r.lane) AS lane"
+	"     FROM superseded r GROUP BY r.account, r.credit, r.tranche_id) o"
+	"     ON o.account = t.account AND o.credit = t.credit AND o.tranche_id = t.tranche_id"
+	"    WHERE t.cumulative AND t.reported > 0) q)"
 	" UPDATE credit_lease.lease_usage u SET entry_id = s.id, consumed = u.consumed + s.total,"
-	"  owed = u.owed + s.reported - s.to_report"
-	" FROM (SELECT DISTINCT ON (d.account, d.credit, d.tranche_id) d.account, d.credit, d.tranche_id, d.id, d.total,"
-	"   d.reported, coalesce(d.to_report, 0) AS to_report"
-	"  FROM due d ORDER BY d.account, d.credit, d.tranche_id, d.id DESC) s"
+	"  owed = u.owed + s.reported - coalesce(s.to_report, 0), total = u.total + CASE WHEN s.cumulative THEN s.reported ELSE 0 END"
+	" FROM last s"
 	" WHERE u.account = s.account AND u.credit = s.credit AND u.tranche_id = s.tranche_id",
 	.nargs = 3,
 	.argtypes = {INT4OID, INT4OID, INT8OID}
@@ -124,15 +138,15 @@ static Statement complete_statement = {
 /* What was used is told to whom the lease is from that has paid, or who supplies the pool. */
 static Statement usage_statement = {
 	.sql = "INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
-	" company_id, event, quantity, traits, created_at, idempotency_key, lane)"
+	" company_id, event, quantity, traits, created_at, idempotency_key, lane, credit_type_id, credits)"
 	" SELECT $1, $3, $2, t.tranche_id, coalesce(t.server, p.server), t.lease_id,"
-	"  coalesce(u.company_id, p.company_id), $5, $6, $7, $8, $9, " LANE_OF("$1")
+	"  coalesce(u.company_id, p.company_id), $5, $6, $7, $8, $9, " LANE_OF("$1") ", p.credit_type_id, CASE WHEN t.kind = 'mirror' THEN $10 END"
 	" FROM credit_lease.lease_policy($1, $2) p"
 	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.tranche_id = $4"
 	" LEFT JOIN credit_lease.lease_usage u ON u.account = $1 AND u.credit = $2 AND u.tranche_id = t.tranche_id"
 	" WHERE coalesce(t.server, p.server) IS NOT NULL AND $6 > 0",
-	.nargs = 9,
-	.argtypes = {TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID, NUMERICOID, JSONBOID, TIMESTAMPTZOID, TEXTOID}
+	.nargs = 10,
+	.argtypes = {TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID, NUMERICOID, JSONBOID, TIMESTAMPTZOID, TEXTOID, NUMERICOID}
 };
 
 /* The next reports of each lane that is free. */
@@ -148,10 +162,12 @@ static Statement due_statement = {
 	"   pg_catalog.count(*)::pg_catalog.int4 AS n,"
 	"   pg_catalog.jsonb_agg((pg_catalog.jsonb_build_object('idempotency_key', r.idempotency_key,"
 	"    'event', r.event, 'quantity', pg_catalog.trim_scale(r.quantity), 'account', r.account, 'credit', r.credit,"
-	"    'company_id', r.company_id,"
+	"    'company_id', r.company_id, 'credit_type_id', r.credit_type_id,"
 	"    'created_at', pg_catalog.to_char(r.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))"
 	"    || CASE WHEN r.lease_id IS NULL THEN '{}' ELSE pg_catalog.jsonb_build_object('lease_id', r.lease_id) END"
-	"    || CASE WHEN r.traits IS NULL THEN '{}' ELSE pg_catalog.jsonb_build_object('traits', r.traits) END)"
+	"    || CASE WHEN r.traits IS NULL THEN '{}' ELSE pg_catalog.jsonb_build_object('traits', r.traits) END"
+	"    || CASE WHEN r.cumulative THEN pg_catalog.jsonb_build_object('cumulative', true) ELSE '{}' END"
+	"    || CASE WHEN r.cumulative AND r.lease_id IS NULL THEN pg_catalog.jsonb_build_object('mirror', " MIRROR_NAME("r") ") ELSE '{}' END)"
 	"    ORDER BY r.entry_id) AS events"
 	"  FROM (SELECT q.* FROM credit_lease.usage_report q"
 	"   WHERE q.server = s.server AND q.lane = n.lane AND q.refused_at IS NULL"
@@ -168,9 +184,15 @@ static Statement due_statement = {
 #define REPORTS "unnest($1, $2, $3) AS t (account, entry_id, idempotency_key)" \
 	" WHERE r.account = t.account AND r.entry_id = t.entry_id AND r.idempotency_key = t.idempotency_key"
 
+/* ... and what of a mirror's usage the upstream has then */
 static Statement taken_statement = {
 	.custom = true,
-	.sql = "DELETE FROM credit_lease.usage_report r USING " REPORTS,
+	.sql = "WITH r AS (DELETE FROM credit_lease.usage_report r USING " REPORTS
+	"  RETURNING r.account, r.credit, r.tranche_id, r.credits)"
+	" UPDATE credit_lease.lease_usage u SET acknowledged = u.acknowledged + s.credits"
+	" FROM (SELECT r.account, r.credit, r.tranche_id, pg_catalog.sum(r.credits) AS credits FROM r"
+	"  WHERE r.credits IS NOT NULL GROUP BY r.account, r.credit, r.tranche_id) s"
+	" WHERE u.account = s.account AND u.credit = s.credit AND u.tranche_id = s.tranche_id",
 	.nargs = 3,
 	.argtypes = {TEXTARRAYOID, INT8ARRAYOID, TEXTARRAYOID}
 };
@@ -253,11 +275,12 @@ report_collect(void)
 /*
  * report_usage
  *		Has a quantity reported of what a hold was made for: to the upstream of
- *		a lease, or where the tranche is 0, of the pool, if it has one. The key
- *		is what the upstream counts it once by.
+ *		a lease or a mirror, of which it has cost so many credits, or where the
+ *		tranche is 0, of the pool, if it has one. The key is what the upstream
+ *		counts it once by.
  */
 void
-report_usage(const Pool *pool, const Hold *hold, int64 tranche_id, Numeric quantity, const char *key)
+report_usage(const Pool *pool, const Hold *hold, int64 tranche_id, Numeric credits, Numeric quantity, const char *key)
 {
 	Parameters	parameters = {0};
 
@@ -273,6 +296,7 @@ report_usage(const Pool *pool, const Hold *hold, int64 tranche_id, Numeric quant
 	parameter_add_pointer(&parameters, hold->traits);
 	parameter_add(&parameters, TimestampTzGetDatum(pool->now));
 	parameter_add_pointer(&parameters, cstring_to_text(key));
+	parameter_add_pointer(&parameters, credits);
 	statement_execute(&usage_statement, &parameters);
 }
 
@@ -322,7 +346,7 @@ add_busy_lanes(Parameters *parameters, List *exchanges, TimestampTz now, Timesta
 		name[n++] = lane_name(lane->server, lane->number);
 		*next_due = Min(*next_due, lane->retry_at);
 	}
-	parameter_add_pointer(parameters, construct_array(name, n, TEXTOID, -1, false, TYPALIGN_INT));
+	parameter_add_texts(parameters, name, n);
 }
 
 /*

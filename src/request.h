@@ -30,6 +30,7 @@ typedef struct Request
 	text	   *credit;			/* NULL where it is no argument */
 	text	   *key;			/* NULL for none */
 	Numeric		amount;			/* done in full or not at all; NULL if there is none */
+	Numeric		shortfall;		/* of what was asked for, what is not there and is recorded; NULL for none */
 	Jsonb	   *metadata;
 	text	   *reason;
 	JsonbParseState *state;		/* of the arguments, while they are added */

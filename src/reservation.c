@@ -56,6 +56,7 @@ reserve(FunctionCallInfo fcinfo, bool try)
 	request_add_amount(&request, "min_amount", min_amount);
 	request_end_arguments(&request);
 
+	pool.wanted = amount;
 	supply_lock(&pool, &request, least);
 	refused = !(reclaim_cover(&pool, amount) || reclaim_cover(&pool, least)) ||
 		pool_is_frozen(&pool);
@@ -136,7 +137,7 @@ lease_cancel(PG_FUNCTION_ARGS)
 	reservation_id = argument_id(fcinfo, 1, "reservation_id");
 	statement_begin();
 
-	reclaim_lock_hold(&pool, reservation_id, &hold, NULL, NULL);
+	reclaim_lock_hold(&pool, reservation_id, &hold, NULL, NULL, true);
 	if (hold_is_alive(&pool, &hold))
 	{
 		reclaim_lapsed(&pool);
@@ -181,7 +182,7 @@ lease_renew(PG_FUNCTION_ARGS)
 	added = argument_amount(fcinfo, 3, "add_amount", AMOUNT_NOT_NEGATIVE);
 	caller = statement_begin();
 
-	reclaim_lock_hold(&pool, reservation_id, &hold, added_amount, added);
+	reclaim_lock_hold(&pool, reservation_id, &hold, added_amount, added, true);
 	if (!hold_is_alive(&pool, &hold))
 		hold_has_ended(&pool, &hold);
 	reclaim_lapsed(&pool);

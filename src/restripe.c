@@ -42,15 +42,15 @@
 
 /* ... what remains of tranches in their own rows */
 static Statement spread_statement = {
-	.sql = "WITH t AS (SELECT r.tranche_id, r.priority, r.expires_at, r.remaining FROM credit_lease.tranche r"
+	.sql = "WITH t AS (SELECT r.tranche_id, r.remaining FROM credit_lease.tranche r"
 	"  WHERE r.account = $1 AND r.credit = $2 AND r.open AND r.released_at IS NULL AND (r.expires_at IS NULL OR r.expires_at > $4)"
 	"  AND ($5 = 0 OR (r.tranche_id = $5 AND NOT EXISTS (SELECT FROM credit_lease.tranche_stripe p"
 	"   WHERE p.account = $1 AND p.credit = $2 AND p.tranche_id = $5)))),"
-	" i AS (INSERT INTO credit_lease.tranche_stripe AS p (account, credit, tranche_id, stripe, priority, expires_at, granted, remaining)"
-	"  SELECT $1, $2, t.tranche_id, n.stripe, t.priority, t.expires_at, " SHARE("n.stripe", "$3") ", " SHARE("n.stripe", "$3")
+	" i AS (INSERT INTO credit_lease.tranche_stripe AS p (account, credit, tranche_id, stripe, granted, remaining)"
+	"  SELECT $1, $2, t.tranche_id, n.stripe, " SHARE("n.stripe", "$3") ", " SHARE("n.stripe", "$3")
 	"  FROM t, " SHARES("t.remaining", "$3") ", pg_catalog.generate_series(1, $3) AS n (stripe)"
 	"  ON CONFLICT (account, credit, stripe, tranche_id) DO UPDATE SET granted = p.granted + excluded.granted,"
-	"   remaining = p.remaining + excluded.remaining, expires_at = excluded.expires_at)"
+	"   remaining = p.remaining + excluded.remaining)"
 	" UPDATE credit_lease.tranche r SET striped = r.striped + t.remaining, remaining = r.remaining - t.remaining"
 	" FROM t WHERE r.account = $1 AND r.credit = $2 AND r.tranche_id = t.tranche_id",
 	.nargs = 5,
@@ -59,8 +59,8 @@ static Statement spread_statement = {
 
 /* ... also in stripes that only another pool of the account has */
 static Statement fill_statement = {
-	.sql = "INSERT INTO credit_lease.tranche_stripe (account, credit, stripe, tranche_id, priority, expires_at)"
-	" SELECT t.account, t.credit, l.stripe, t.tranche_id, t.priority, t.expires_at"
+	.sql = "INSERT INTO credit_lease.tranche_stripe (account, credit, stripe, tranche_id)"
+	" SELECT t.account, t.credit, l.stripe, t.tranche_id"
 	" FROM credit_lease.striped_pool s, credit_lease.tranche t, credit_lease.stripe l"
 	" WHERE s.account = $1 AND t.account = $1 AND t.credit = s.credit AND l.account = $1"
 	"  AND t.open AND t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > $2) AND ($3 = 0 OR t.tranche_id = $3)"
@@ -112,9 +112,9 @@ static Statement leases_statement = {
 
 /*
  * Striped pools with tranches that have ended; those that are uneven, as a
- * stripe has less than half of its share, or does not know how long a tranche
- * lives; and pools that are kept in another number of stripes than their policy
- * says, if that may be. Who is set aside waits until that is over.
+ * stripe has less than half of its share; and pools that are kept in another
+ * number of stripes than their policy says, if that may be. Who is set aside
+ * waits until that is over.
  */
 static Statement candidates_statement = {
 	.custom = true,
@@ -123,12 +123,11 @@ static Statement candidates_statement = {
 	"  AND (" IS_TO_BE_FOLDED("$1")
 	"   OR (SELECT coalesce(pg_catalog.min(p.remaining), 0) * 2 * s.stripes < w.remaining AND w.remaining >= s.stripes"
 	"    FROM credit_lease.tranche_stripe p WHERE p.account = w.account AND p.credit = w.credit AND p.tranche_id = w.tranche_id"
-	"    AND p.stripe <= s.stripes HAVING true)"
-	"   OR EXISTS (SELECT FROM credit_lease.tranche_stripe p WHERE p.account = w.account AND p.credit = w.credit"
-	"    AND p.tranche_id = w.tranche_id AND p.stripe <= s.stripes AND p.expires_at IS DISTINCT FROM w.expires_at)))"
+	"    AND p.stripe <= s.stripes HAVING true)))"
 	" UNION SELECT c.account, c.credit FROM (SELECT s.account, s.credit, s.stripes FROM credit_lease.striped_pool s"
 	"  UNION ALL SELECT t.account, t.credit, 1 FROM credit_lease.tranche t WHERE t.open AND NOT EXISTS ("
-	"   SELECT FROM credit_lease.striped_pool s WHERE s.account = t.account AND s.credit = t.credit)) c,"
+	"   SELECT FROM credit_lease.striped_pool s WHERE s.account = t.account AND s.credit = t.credit) AND NOT EXISTS ("
+	"   SELECT FROM credit_lease.tranche m WHERE m.account = t.account AND m.credit = t.credit AND m.kind = 'mirror')) c,"
 	"  credit_lease.lease_policy(c.account, c.credit) p WHERE $2 AND p.stripes <> c.stripes) c"
 	" WHERE NOT EXISTS (SELECT FROM credit_lease.set_aside a WHERE a.account = c.account AND a.credit = c.credit)",
 	.nargs = 2,
@@ -147,18 +146,17 @@ static Statement lock_free_statement = {
 static Statement even_statement = {
 	.sql = "WITH n AS (SELECT x.stripe, pg_catalog.row_number() OVER () AS n, pg_catalog.count(*) OVER () AS stripes"
 	"  FROM unnest($3) AS x (stripe)),"
-	" t AS (SELECT r.tranche_id, r.priority, r.expires_at, CASE WHEN $5 THEN r.remaining ELSE 0 END AS own,"
+	" t AS (SELECT r.tranche_id, CASE WHEN $5 THEN r.remaining ELSE 0 END AS own,"
 	"  (SELECT coalesce(pg_catalog.sum(p.remaining), 0) FROM credit_lease.tranche_stripe p WHERE p.account = $1 AND p.credit = $2"
 	"   AND p.tranche_id = r.tranche_id AND p.stripe = ANY ($3)) + CASE WHEN $5 THEN r.remaining ELSE 0 END AS remaining"
 	"  FROM credit_lease.tranche r WHERE r.account = $1 AND r.credit = $2 AND r.open AND r.released_at IS NULL"
 	"  AND (r.expires_at IS NULL OR r.expires_at > $4)),"
-	" i AS (INSERT INTO credit_lease.tranche_stripe AS p (account, credit, tranche_id, stripe, priority, expires_at, granted, remaining)"
-	"  SELECT $1, $2, t.tranche_id, n.stripe, t.priority, t.expires_at, " SHARE("n.n", "n.stripes") ", " SHARE("n.n", "n.stripes")
+	" i AS (INSERT INTO credit_lease.tranche_stripe AS p (account, credit, tranche_id, stripe, granted, remaining)"
+	"  SELECT $1, $2, t.tranche_id, n.stripe, " SHARE("n.n", "n.stripes") ", " SHARE("n.n", "n.stripes")
 	"  FROM t CROSS JOIN n, " SHARES("t.remaining", "n.stripes")
 	"  WHERE t.remaining > 0"
 	"  ON CONFLICT (account, credit, stripe, tranche_id) DO UPDATE SET granted = p.granted + excluded.remaining - p.remaining,"
-	"   remaining = excluded.remaining, expires_at = excluded.expires_at"
-	"   WHERE p.remaining <> excluded.remaining OR p.expires_at IS DISTINCT FROM excluded.expires_at)"
+	"   remaining = excluded.remaining WHERE p.remaining <> excluded.remaining)"
 	" UPDATE credit_lease.tranche r SET striped = r.striped + t.own, remaining = r.remaining - t.own"
 	" FROM t WHERE r.account = $1 AND r.credit = $2 AND r.tranche_id = t.tranche_id AND t.own > 0",
 	.nargs = 5,
@@ -199,9 +197,12 @@ static Statement make_locks_statement = {
 	.argtypes = {TEXTOID}
 };
 
+/* The row is made anew, see account.c. */
 static Statement mark_statement = {
-	.sql = "UPDATE credit_lease.account a SET striped ="
-	" EXISTS (SELECT FROM credit_lease.striped_pool s WHERE s.account = $1) WHERE a.account = $1",
+	.sql = "WITH a AS (DELETE FROM credit_lease.account a WHERE a.account = $1"
+	"  AND a.striped <> EXISTS (SELECT FROM credit_lease.striped_pool s WHERE s.account = $1) RETURNING a.*)"
+	" INSERT INTO credit_lease.account (account, frozen, striped, created_at)"
+	" SELECT a.account, a.frozen, NOT a.striped, a.created_at FROM a",
 	.nargs = 1,
 	.argtypes = {TEXTOID}
 };
@@ -220,15 +221,11 @@ static Statement set_policy_statement = {
 	.argtypes = {TEXTOID, TEXTOID, INT4OID}
 };
 
-static Parameters
-pool_parameters(const Pool *pool)
-{
-	Parameters	parameters = {0};
-
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
-	return parameters;
-}
+static Statement mirror_statement = {
+	.sql = "SELECT FROM credit_lease.tranche t WHERE t.account = $1 AND t.credit = $2 AND t.kind = 'mirror'",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TEXTOID}
+};
 
 /*
  * Spreads what remains in the own row of a tranche that has no stripes, or with
@@ -286,6 +283,23 @@ keep_pools(text *account, bool folded)
 }
 
 /*
+ * restripe_make_locks
+ *		Makes the stripes of an account anew, as many as its pools need, and
+ *		marked as the account is; all must be locked.
+ */
+void
+restripe_make_locks(text *account)
+{
+	Parameters	parameters = {0};
+
+	parameter_add_pointer(&parameters, account);
+	statement_execute(&remove_locks_statement, &parameters);
+	statement_execute(&make_locks_statement, &parameters);
+	/* by who has made them, rows that one transaction makes twice are not told apart */
+	stripe_forget_all();
+}
+
+/*
  * Keeps a pool in so many stripes; all must be locked. The account's other
  * pools have rows in the stripes that are made anew, too.
  */
@@ -300,8 +314,7 @@ change_stripes(const Pool *pool, int stripes)
 	if (stripes > 1)
 		parameter_add(&parameters, Int32GetDatum(stripes));
 	statement_execute(stripes > 1 ? &stripe_statement : &unstripe_statement, &parameters);
-	statement_execute(&remove_locks_statement, &account);
-	statement_execute(&make_locks_statement, &account);
+	restripe_make_locks(pool->account);
 	statement_execute(&mark_statement, &account);
 	keep_pools(pool->account, false);
 }
@@ -316,10 +329,27 @@ stripes_of_policy(const Pool *pool)
 	return DatumGetInt32(statement_value(0, 1, &isnull));
 }
 
+/* Returns whether a pool has a mirror, which is never striped: as it is committed, whatever the snapshot. */
+static bool
+has_mirror(const Pool *pool)
+{
+	Parameters	parameters = pool_parameters(pool);
+
+	return statement_execute_now(&mirror_statement, &parameters) > 0;
+}
+
 static bool
 lock_all_if_free(void *arg)
 {
 	return stripe_lock_all_if_free(arg);
+}
+
+/* Returns whether a pool is to be kept in another number of stripes, and which. A pool with a mirror has one. */
+static bool
+is_to_change(const Pool *pool, int *stripes)
+{
+	*stripes = stripes_of_policy(pool);
+	return Max(stripe_count(pool), 1) != *stripes && (*stripes == 1 || !has_mirror(pool));
 }
 
 /*
@@ -331,16 +361,17 @@ static bool
 follow_policy(text *account, text *credit, bool wait)
 {
 	Pool		pool = {.account = account, .credit = credit};
-	int			stripes = stripes_of_policy(&pool);
 	AccountMarks marks;
+	int			stripes;
 
-	if (Max(stripe_count(&pool), 1) == stripes)
+	if (!is_to_change(&pool, &stripes))
 		return false;
 	if (wait)
 		stripe_lock_account(account);
 	else if (!guard_attempt(lock_all_if_free, &pool))
 		return false;
-	if (!account_lock(account, ACCOUNT_LOCK, &marks) || Max(stripe_count(&pool), 1) == stripes)
+	/* the policy may have changed meanwhile */
+	if (!account_lock(account, ACCOUNT_LOCK, &marks) || !is_to_change(&pool, &stripes))
 		return false;
 	change_stripes(&pool, stripes);
 	return true;
@@ -355,7 +386,10 @@ follow_policy(text *account, text *credit, bool wait)
 void
 restripe_spread(Pool *pool, const Tranche *tranche)
 {
-	if (!((pool->striped || policy_has_stripes()) && follow_policy(pool->account, pool->credit, false)) && pool->striped)
+	stripe_forget_elsewhere(pool);
+	if ((pool->striped || policy_has_stripes()) && follow_policy(pool->account, pool->credit, false))
+		pool->striped = stripe_count(pool) > 0;
+	else if (pool->striped)
 		spread(pool, stripe_count(pool), tranche->tranche_id);
 }
 
@@ -377,19 +411,20 @@ find_ids(const Pool *pool, Statement *statement, Datum value, bool isnull)
 
 /*
  * restripe_fold_leases
- *		Locks all of a striped pool and folds the lease with an id, or all of
- *		its leases. Returns false where the pool is not striped. Raises 55P03
- *		where a transaction that has locked something of the account before
- *		does not get the rest in time.
+ *		Locks an account, and all its stripes if it has any, and folds the lease
+ *		with an id, or all leases of a pool. Raises 55P03 where a transaction
+ *		that has locked something of the account before does not get the rest in
+ *		time.
  */
-bool
+void
 restripe_fold_leases(Pool *pool, text *lease_id)
 {
 	ArrayType  *ids;
 	AccountMarks marks;
 
-	if (stripe_count(pool) == 0)
-		return false;
+	/* once it is locked, it does not become striped */
+	if (account_lock_unless_striped(pool->account, &marks))
+		return;
 	stripe_lock_account(pool->account);
 	account_lock(pool->account, ACCOUNT_LOCK, &marks);
 	pool->may_be_frozen = marks.frozen;
@@ -397,7 +432,6 @@ restripe_fold_leases(Pool *pool, text *lease_id)
 	ids = find_ids(pool, &leases_statement, PointerGetDatum(lease_id), lease_id == NULL);
 	if (ids)
 		fold(pool, ids);
-	return true;
 }
 
 /* Evens out what is free of a pool. */
@@ -440,14 +474,16 @@ find_ended(const Pool *pool)
 bool
 restripe_fold_ended(Pool *pool, bool wait)
 {
-	ArrayType  *ids = NULL;
+	ArrayType  *ids;
 
 	if (find_ended(pool) == NULL)
 		return false;
 	if (wait)
 		stripe_lock_account(pool->account);
-	if (wait || stripe_lock_all_if_free(pool))
-		ids = find_ended(pool);
+	else if (!stripe_lock_all_if_free(pool))
+		return false;
+	/* what is not at its end any more by then keeps its stripes */
+	ids = find_ended(pool);
 	if (ids == NULL)
 		return false;
 	fold(pool, ids);
@@ -507,7 +543,7 @@ restripe_candidates(MemoryContext context, bool policies_changed)
  * lease_stripe(account, credit, stripes)
  *		Sets the policy of a pool to so many stripes, and does it at once;
  *		returns whether that changed anything. Raises 55P03 as
- *		stripe_lock_account() does.
+ *		stripe_lock_account() does, and 0A000 for a pool with a mirror.
  */
 PG_FUNCTION_INFO_V1(lease_stripe);
 Datum
@@ -543,6 +579,27 @@ follow_row(HeapTuple row, TupleDesc tupdesc)
 		follow_policy(cstring_to_text(account), cstring_to_text(credit), true);
 }
 
+/* Raises 0A000 where a row of policy asks for stripes of one pool that cannot have them. */
+static void
+require_no_mirror(HeapTuple row, TupleDesc tupdesc)
+{
+	char	   *account = SPI_getvalue(row, tupdesc, SPI_fnumber(tupdesc, "account"));
+	char	   *credit = SPI_getvalue(row, tupdesc, SPI_fnumber(tupdesc, "credit"));
+	char	   *stripes = SPI_getvalue(row, tupdesc, SPI_fnumber(tupdesc, "stripes"));
+	Pool		pool = {0};
+
+	if (account == NULL || credit == NULL || stripes == NULL || atoi(stripes) == 1)
+		return;
+	pool.account = cstring_to_text(account);
+	pool.credit = cstring_to_text(credit);
+	if (has_mirror(&pool))
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("credit \"%s\" of account \"%s\" has a balance that lives elsewhere, and cannot be striped",
+						credit, account),
+				 errhint("Split it among its owners with credit_lease.lease_chunk_allocate().")));
+}
+
 /*
  * policy_stripes()
  *		Trigger of policy: a row for one pool is followed at once. What stands
@@ -562,6 +619,9 @@ policy_stripes(PG_FUNCTION_ARGS)
 		statement_begin();
 		follow_row(trigger->tg_trigtuple, RelationGetDescr(trigger->tg_relation));
 		follow_row(trigger->tg_newtuple, RelationGetDescr(trigger->tg_relation));
+		if (!TRIGGER_FIRED_BY_DELETE(trigger->tg_event))
+			require_no_mirror(TRIGGER_FIRED_BY_UPDATE(trigger->tg_event) ? trigger->tg_newtuple : trigger->tg_trigtuple,
+							  RelationGetDescr(trigger->tg_relation));
 		SPI_finish();
 	}
 	return PointerGetDatum(NULL);

@@ -23,6 +23,7 @@
 #include "meter.h"
 #include "reclaim.h"
 #include "report.h"
+#include "settle.h"
 #include "statement.h"
 
 static const EntryKind kind_settle = {.name = "settle", .bucket = CONSUMED, .settles = true};
@@ -149,7 +150,7 @@ lease_settle(PG_FUNCTION_ARGS)
 	request.metadata = argument_optional_jsonb(fcinfo, 4);
 	caller = statement_begin();
 
-	reclaim_lock_hold(&pool, reservation_id, &hold, overage == OVERAGE_CHARGE ? excess_amount : NULL, amount);
+	reclaim_lock_hold(&pool, reservation_id, &hold, overage == OVERAGE_CHARGE ? excess_amount : NULL, amount, false);
 	if (amount == NULL)
 		amount = hold.amount;
 
@@ -205,35 +206,82 @@ charge_late(Pool *pool, Hold *hold, Numeric amount)
 	charge_pool(pool, hold, amount);
 }
 
+/* Returns what is charged of a tranche, and not saved yet. */
+static Numeric
+unsaved(const Tranche *tranche)
+{
+	return amount_subtract(tranche->balance[CONSUMED], tranche->stored[CONSUMED]);
+}
+
+/* Returns whether two tranches of servers are reported as one: leases of the same are. */
+static bool
+is_told_with(const Tranche *a, const Tranche *b)
+{
+	return a == b || (!a->is_mirror && !b->is_mirror && b->server &&
+					  strcmp(text_to_cstring(a->server), text_to_cstring(b->server)) == 0);
+}
+
+/* Returns what a tranche of a server is reported for; nothing where another one before it is. */
+static Numeric
+paid_by(const Pool *pool, int payer)
+{
+	Numeric		paid = amount_zero();
+
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		Numeric		spent = unsaved(pool->tranche[i]);
+
+		if (amount_sign(spent) == 0 || !is_told_with(pool->tranche[payer], pool->tranche[i]))
+			continue;
+		if (i < payer)
+			return amount_zero();
+		paid = amount_add(paid, spent);
+	}
+	return paid;
+}
+
 /*
- * Has the usage reported that is to be charged and not saved yet, once: where
- * several leases have paid, as that of the first. What a grant of our own has
- * paid is no business of the upstream's: where it has paid a part, so much less
- * is reported.
+ * settle_report
+ *		Has the usage reported that is to be charged and not saved yet, once:
+ *		where several leases of a server have paid, as that of the first; where
+ *		several servers have, or a mirror beside them, to each of them its part,
+ *		and what was missing with the first. What a grant of our own has paid is
+ *		no business of the upstream's: where it has paid a part, so much less is
+ *		reported.
  */
-static void
-report(const Pool *pool, const Hold *hold, const char *key)
+void
+settle_report(const Pool *pool, const Hold *hold, const char *key)
 {
 	Numeric		amount = amount_add(hold->consumed, hold->shortfall);
 	Numeric		owed = amount;
-	int64		tranche_id = 0;
+	const Tranche *first = NULL;
 
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		const Tranche *tranche = pool->tranche[i];
-		Numeric		spent = amount_subtract(tranche->balance[CONSUMED], tranche->stored[CONSUMED]);
+		Numeric		paid = tranche->server ? paid_by(pool, i) : unsaved(tranche);
 
-		if (amount_sign(spent) == 0)
+		if (amount_sign(paid) == 0)
 			continue;
-		if (tranche->server == NULL)
-			owed = amount_subtract(owed, spent);
-		else if (tranche_id == 0)
-			tranche_id = tranche->tranche_id;
+		if (tranche->server && first == NULL)
+		{
+			first = tranche;
+			continue;
+		}
+		owed = amount_subtract(owed, paid);
+		if (tranche->server)
+		{
+			Hold		part = *hold;
+
+			part.track_entry_id = ledger_draw_number();
+			report_usage(pool, &part, tranche->tranche_id, unsaved(tranche), amount_part(hold->tracked, paid, amount),
+						 psprintf("%s:" INT64_FORMAT, key, tranche->tranche_id));
+		}
 	}
 	if (amount_sign(owed) == 0)
 		return;
-	report_usage(pool, hold, tranche_id, amount_compare(owed, amount) == 0 ? hold->tracked :
-				 amount_part(hold->tracked, owed, amount), key);
+	report_usage(pool, hold, first ? first->tranche_id : 0, first ? unsaved(first) : amount_zero(),
+				 amount_compare(owed, amount) == 0 ? hold->tracked : amount_part(hold->tracked, owed, amount), key);
 }
 
 /*
@@ -293,7 +341,7 @@ lease_track(PG_FUNCTION_ARGS)
 				 errmsg("traits must be a JSON object")));
 	caller = statement_begin();
 
-	reclaim_lock_hold(&pool, reservation_id, &hold, excess_of_quantity, quantity);
+	reclaim_lock_hold(&pool, reservation_id, &hold, excess_of_quantity, quantity, false);
 	if (hold.feature == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -335,7 +383,7 @@ lease_track(PG_FUNCTION_ARGS)
 			hold.end_entry_id = hold.track_entry_id;
 		if (hold.track_entry_id == 0)
 			hold.track_entry_id = ledger_draw_number();
-		report(&pool, &hold, key);
+		settle_report(&pool, &hold, key);
 		ledger_save(&pool);
 		if (alive)
 			hold_end(&pool, &hold);

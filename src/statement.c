@@ -12,8 +12,11 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "catalog/pg_type.h"
 #include "funcapi.h"
 #include "nodes/parsenodes.h"
+#include "utils/array.h"
+#include "utils/guc.h"
 #include "utils/snapmgr.h"
 #include "utils/typcache.h"
 
@@ -43,6 +46,13 @@ parameter_add_pointer(Parameters *parameters, const void *pointer)
 		parameter_add(parameters, PointerGetDatum(pointer));
 	else
 		parameter_add_null(parameters);
+}
+
+/* Adds some texts as an array. */
+void
+parameter_add_texts(Parameters *parameters, Datum *text, int n)
+{
+	parameter_add_pointer(parameters, construct_array(text, n, TEXTOID, -1, false, TYPALIGN_INT));
 }
 
 /*
@@ -109,12 +119,20 @@ uint64
 statement_execute(Statement *statement, Parameters *parameters)
 {
 	int			result;
+	int			level = 0;
 
 	Assert(parameters->n == statement->nargs);
 
 	make_plan(statement);
+	if (statement->by_index)
+	{
+		level = NewGUCNestLevel();
+		(void) set_config_option("enable_seqscan", "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	}
 	result = SPI_execute_plan(statement->plan, parameters->value, parameters->null,
 							  statement->read_only, 0);
+	if (statement->by_index)
+		AtEOXact_GUC(true, level);
 	if (result < 0)
 		elog(ERROR, "could not execute \"%s\": %s", statement->sql,
 			 SPI_result_code_string(result));

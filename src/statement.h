@@ -11,6 +11,9 @@
  * is not named starts as zero. read_only is for functions that are STABLE:
  * the statement then sees what the query that called them sees. custom is for
  * statements about many rows, whose best plan depends on how many there are.
+ * by_index is for queries of as many keys as their array has, which are to be
+ * looked up one by one, also in a table that was small when the plan was made:
+ * a scan would compare each row with each key.
  */
 typedef struct Statement
 {
@@ -19,6 +22,7 @@ typedef struct Statement
 	Oid			argtypes[STATEMENT_MAX_ARGS];
 	bool		read_only;
 	bool		custom;
+	bool		by_index;
 	SPIPlanPtr	plan;
 } Statement;
 
@@ -33,6 +37,7 @@ typedef struct Parameters
 extern void parameter_add(Parameters *parameters, Datum value);
 extern void parameter_add_null(Parameters *parameters);
 extern void parameter_add_pointer(Parameters *parameters, const void *pointer);
+extern void parameter_add_texts(Parameters *parameters, Datum *text, int n);
 
 extern MemoryContext statement_begin(void);
 extern Datum statement_end(MemoryContext caller, FunctionCallInfo fcinfo,

@@ -11,10 +11,11 @@
  *
  * A session starts where it last succeeded: soon each has a stripe of its own.
  *
- * Whoever changes which pools are striped, or in how many, has all locks, and
- * makes the rows of credit_lease.stripe anew: who waited for one finds nothing
- * to lock, and looks again. So it is enough to look whether a pool is striped
- * with a stripe locked, and not at all by a row that it was striped by before.
+ * Whoever changes which pools are striped, or in how many, or what is frozen,
+ * has all locks, and makes the rows of credit_lease.stripe anew: who waited for
+ * one finds nothing to lock, and looks again. So it is enough to look whether a pool is
+ * striped with a stripe locked, and not at all by a row that it was striped by
+ * before.
  *
  * The order of locks is in account.c.
  */
@@ -30,23 +31,19 @@
 #include "utils/timestamp.h"
 
 #include "account.h"
+#include "clock.h"
 #include "compat.h"
 #include "errors.h"
 #include "guard.h"
+#include "held.h"
 #include "statement.h"
 #include "stripe.h"
-
-/* How many times as much as a call needs is so much that no other takes it just before */
-#define PLENTY			64
 
 /* How old what is said of other stripes may be */
 #define RECALL_FOR_MS	20
 
 /* The most that a pool can have */
 #define MOST_STRIPES	64
-
-/* How often is tried what must not be waited for */
-#define POLL_MS			2
 
 /* What a session remembers of so many pools */
 #define MEMORIES		64
@@ -64,8 +61,6 @@ typedef struct Memory
 	Size		length;
 	int			stripe;
 	StripeRow	row;
-	ItemPointerData part;		/* its row of the tranche whose turn it is */
-	LocalTransactionId transaction;
 	Remembered	elsewhere;		/* what remained in other stripes, when they were looked at */
 	TimestampTz looked_at;		/* 0 for never */
 	uint32		composition;	/* the pool's, then */
@@ -73,10 +68,9 @@ typedef struct Memory
 
 static Memory memories[MEMORIES];
 
-/* The stripe that was locked last, of which account, and by which transaction */
+/* The stripe that was locked last, and of which account */
 static StripeRow latest;
 static uint32 latest_account;
-static LocalTransactionId latest_transaction = InvalidLocalTransactionId;
 
 #define SELECT_STRIPE "SELECT s.stripe, s.frozen, s.ctid, s.xmin FROM credit_lease.stripe s WHERE s.account = $1"
 
@@ -88,31 +82,9 @@ static Statement count_statement = {
 };
 
 static Statement lock_same_statement = {
-	.sql = SELECT_STRIPE " AND s.ctid = $2 AND s.xmin = $3 FOR NO KEY UPDATE SKIP LOCKED",
-	.nargs = 3,
-	.argtypes = {TEXTOID, TIDOID, XIDOID}
-};
-
-/*
- * ... if it has plenty: then it may be locked for good before it is read. As
- * long as nobody else has worked there, what remains is where it was.
- */
-static Statement lock_same_plenty_statement = {
-	.sql = "SELECT s.stripe, s.frozen, s.ctid, s.xmin FROM credit_lease.stripe s, credit_lease.tranche_stripe p"
-	" WHERE s.account = $1 AND s.ctid = $2 AND s.xmin = $3"
-	" AND p.account = $1 AND p.credit = $4 AND p.stripe = s.stripe AND p.ctid = $5 AND p.remaining >= $6"
-	" FOR NO KEY UPDATE OF s SKIP LOCKED",
-	.nargs = 6,
-	.argtypes = {TEXTOID, TIDOID, XIDOID, TEXTOID, TIDOID, NUMERICOID}
-};
-
-static Statement lock_next_plenty_statement = {
-	.sql = SELECT_STRIPE " AND s.stripe > $2 AND s.xmin = $3"
-	" AND (SELECT pg_catalog.sum(p.remaining) FROM credit_lease.tranche_stripe p"
-	"  WHERE p.account = $1 AND p.credit = $4 AND p.stripe = s.stripe) >= $5"
-	" ORDER BY s.stripe LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED",
-	.nargs = 5,
-	.argtypes = {TEXTOID, INT4OID, XIDOID, TEXTOID, NUMERICOID}
+	.sql = SELECT_STRIPE " AND s.ctid = $2 FOR NO KEY UPDATE SKIP LOCKED",
+	.nargs = 2,
+	.argtypes = {TEXTOID, TIDOID}
 };
 
 static Statement lock_next_statement = {
@@ -179,8 +151,9 @@ find_memory(const Pool *pool)
 	return memory;
 }
 
-static void
-forget(const Pool *pool)
+/* Forgets a pool that is not striped. */
+void
+stripe_forget(const Pool *pool)
 {
 	Memory	   *memory = find_memory(pool);
 
@@ -188,6 +161,28 @@ forget(const Pool *pool)
 		return;
 	pfree(memory->pool);
 	memset(memory, 0, sizeof(Memory));
+}
+
+/* Forgets what remained of a pool in other stripes, as the session itself adds to them. */
+void
+stripe_forget_elsewhere(const Pool *pool)
+{
+	Memory	   *memory = find_memory(pool);
+
+	if (memory)
+		memory->looked_at = 0;
+}
+
+/* Forgets all pools, as those of an account may not be striped any more. */
+void
+stripe_forget_all(void)
+{
+	for (int i = 0; i < MEMORIES; i++)
+	{
+		if (memories[i].pool)
+			pfree(memories[i].pool);
+		memset(&memories[i], 0, sizeof(Memory));
+	}
 }
 
 /* Begins to remember a pool, in place of another one. */
@@ -230,31 +225,25 @@ keep(Remembered *remembered, Numeric amount)
 /*
  * stripe_remember
  *		Remembers the stripe in which a call has worked, and what it saw in
- *		others, unless it or an earlier call of its
- *		transaction may have changed that: it may be rolled back.
+ *		others, unless it or an earlier call of its transaction may have changed
+ *		that: it may be rolled back.
  */
 void
 stripe_remember(const Pool *pool, bool gathered)
 {
 	Memory	   *memory = find_memory(pool);
-	bool		is_first;
 
 	if (memory == NULL)
 		memory = make_memory(pool);
-	is_first = memory->transaction != MyProcLxid;
 	if (pool->looked || gathered || memory->stripe != pool->stripe)
 		memory->looked_at = 0;
-	if (pool->looked && !gathered && is_first && keep(&memory->elsewhere, pool->elsewhere))
+	if (pool->looked && !gathered && pool->is_first && keep(&memory->elsewhere, pool->elsewhere))
 	{
-		memory->looked_at = GetCurrentTimestamp();
+		memory->looked_at = pool->looked_at;
 		memory->composition = pool->composition;
 	}
 	memory->stripe = pool->stripe;
 	memory->row = pool->stripe_row;
-	ItemPointerSetInvalid(&memory->part);
-	if (pool->ntranches > 0 && pool->tranche[0]->in_stripe && pool->tranche[0]->has_row)
-		memory->part = pool->tranche[0]->tid;
-	memory->transaction = MyProcLxid;
 }
 
 /*
@@ -285,12 +274,10 @@ stripe_recall(Pool *pool)
 int
 stripe_count(const Pool *pool)
 {
-	Parameters	parameters = {0};
+	Parameters	parameters = pool_parameters(pool);
 	bool		isnull;
 	int			stripes;
 
-	parameter_add_pointer(&parameters, pool->account);
-	parameter_add_pointer(&parameters, pool->credit);
 	if (statement_execute(&count_statement, &parameters) == 0)
 		return 0;
 	stripes = DatumGetInt32(statement_value(0, 1, &isnull));
@@ -324,8 +311,7 @@ take(Pool *pool, uint64 row)
 	pool->stripe_row.xmin = DatumGetTransactionId(statement_value(row, 4, &isnull));
 	latest = pool->stripe_row;
 	latest_account = hash_text(pool->account);
-	latest_transaction = MyProcLxid;
-	account_note_held(pool->account);
+	held_note(pool->account);
 }
 
 /* Runs a statement that locks a stripe; returns whether the call has one now. */
@@ -342,7 +328,7 @@ lock(Pool *pool, Statement *statement, int stripe)
 	return true;
 }
 
-/* Locks a row that was locked before, if it is still there, and free. */
+/* Locks the stripe that is where one was locked before, if one is, and free. */
 static bool
 lock_same(Pool *pool, const StripeRow *row)
 {
@@ -350,7 +336,6 @@ lock_same(Pool *pool, const StripeRow *row)
 
 	parameter_add_pointer(&parameters, pool->account);
 	parameter_add_pointer(&parameters, &row->tid);
-	parameter_add(&parameters, TransactionIdGetDatum(row->xmin));
 	if (statement_execute(&lock_same_statement, &parameters) == 0)
 		return false;
 	take(pool, 0);
@@ -361,8 +346,7 @@ lock_same(Pool *pool, const StripeRow *row)
 static bool
 lock_latest(Pool *pool)
 {
-	return latest_transaction == MyProcLxid && latest_account == hash_text(pool->account) &&
-		lock_same(pool, &latest);
+	return latest_account == hash_text(pool->account) && held_now(pool->account) && lock_same(pool, &latest);
 }
 
 /* Locks a stripe of a pool's account that is free: the transaction's, if it has one, or the session's. */
@@ -384,45 +368,6 @@ is_striped(const Pool *pool)
 
 	/* it was, by the same rows */
 	return (memory && memory->row.xmin == pool->stripe_row.xmin) || stripe_count(pool) > 0;
-}
-
-/*
- * stripe_lock_plenty
- *		Locks a stripe that is free and has many times as much as a call needs,
- *		or that the transaction has locked before; returns whether it did, and
- *		the pool is striped. Only for a pool that the session knows.
- */
-bool
-stripe_lock_plenty(Pool *pool, Numeric needed)
-{
-	Memory	   *memory = find_memory(pool);
-	Parameters	same = {0};
-	Parameters	next = {0};
-	Numeric		plenty;
-
-	if (memory == NULL)
-		return false;
-	if (lock_latest(pool))
-		return is_striped(pool);
-	plenty = amount_multiply(needed, int64_to_numeric(PLENTY));
-	parameter_add_pointer(&same, pool->account);
-	parameter_add_pointer(&same, &memory->row.tid);
-	parameter_add(&same, TransactionIdGetDatum(memory->row.xmin));
-	parameter_add_pointer(&same, pool->credit);
-	parameter_add_pointer(&same, &memory->part);
-	parameter_add_pointer(&same, plenty);
-	if (statement_execute(&lock_same_plenty_statement, &same) == 0)
-	{
-		parameter_add_pointer(&next, pool->account);
-		parameter_add(&next, Int32GetDatum(memory->stripe));
-		parameter_add(&next, TransactionIdGetDatum(memory->row.xmin));
-		parameter_add_pointer(&next, pool->credit);
-		parameter_add_pointer(&next, plenty);
-		if (statement_execute(&lock_next_plenty_statement, &next) == 0)
-			return false;
-	}
-	take(pool, 0);
-	return true;
 }
 
 /*
@@ -463,10 +408,7 @@ take_one_of_all(Pool *pool, uint64 n)
 	if (n > 0)
 		take(pool, own);
 	if (n == 0 || stripe_count(pool) == 0)
-	{
 		pool->stripe = 0;
-		forget(pool);
-	}
 }
 
 static int64
@@ -482,23 +424,23 @@ count_all(text *account)
 
 /*
  * stripe_lock_all_if_free
- *		Locks all stripes of a pool's account, and the account, which may have
- *		to be waited for; returns false, and keeps what it has got, where a
- *		stripe is locked by others.
+ *		Locks all stripes of a pool's account, and the account; returns false,
+ *		and keeps what it has got, where one of them is locked by others. An
+ *		account without stripes it waits for.
  */
 bool
 stripe_lock_all_if_free(Pool *pool)
 {
 	Parameters	parameters = {0};
 	AccountMarks marks;
-	uint64		n;
+	uint64		n = 0;
 
 	parameter_add_pointer(&parameters, pool->account);
 	for (int i = 0; i < 2; i++)
 	{
 		/* once more with the account locked: they may have been made anew before */
-		if (i > 0)
-			account_lock(pool->account, ACCOUNT_LOCK, &marks);
+		if (i > 0 && !account_lock(pool->account, n > 0 ? ACCOUNT_LOCK_IF_FREE : ACCOUNT_LOCK, &marks) && n > 0)
+			return false;
 		n = count_all(pool->account);
 		if (statement_execute(&lock_all_free_statement, &parameters) != n)
 			return false;
@@ -507,54 +449,27 @@ stripe_lock_all_if_free(Pool *pool)
 	return true;
 }
 
-static bool
-wait_in_order(void *arg)
-{
-	Pool	   *pool = arg;
-	Parameters	parameters = {0};
-
-	parameter_add_pointer(&parameters, pool->account);
-	statement_execute(&lock_all_statement, &parameters);
-	return stripe_lock_all_if_free(pool);
-}
-
-/* Waits for all locks of an account; begins anew where stripes were made anew before the account was locked. */
-static void
-wait_for_all(Pool *pool)
-{
-	while (!guard_attempt(wait_in_order, pool))
-		CHECK_FOR_INTERRUPTS();
-}
-
-/* What is tried again and again */
-typedef struct Attempt
-{
-	bool		(*lock) (Pool *);
-	Pool	   *pool;
-} Attempt;
-
 /*
  * Tries to lock something until that succeeds; returns false after half the
  * time in which others would take it for a deadlock. Raises 55P03 where
  * lock_timeout is over before.
  */
 static bool
-poll(void *arg)
+poll(bool (*lock) (Pool *), Pool *pool)
 {
-	Attempt    *attempt = arg;
 	int			limit = Max(DeadlockTimeout / 2, 1);
 	bool		is_users = LockTimeout > 0 && LockTimeout < limit;
 	TimestampTz end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), is_users ? LockTimeout : limit);
 
-	while (!attempt->lock(attempt->pool))
+	while (!lock(pool))
 	{
 		if (GetCurrentTimestamp() >= end)
 		{
 			if (is_users)
-				could_not_lock(attempt->pool->account);
+				could_not_lock(pool->account);
 			return false;
 		}
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, POLL_MS, PG_WAIT_EXTENSION);
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, LOCK_POLL_MS, PG_WAIT_EXTENSION);
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}
@@ -566,7 +481,8 @@ poll(void *arg)
  *		Locks a stripe of a pool's account, and waits for one if need be.
  *		Returns false where there is none, or they have been made anew
  *		meanwhile. Raises 55P03 where a transaction that has locked the account
- *		and no stripe finds none in time.
+ *		and no stripe finds none in time; one that has let go of all that it
+ *		had waits, unless somebody waits for it for that reason.
  */
 bool
 stripe_lock_any(Pool *pool)
@@ -574,36 +490,84 @@ stripe_lock_any(Pool *pool)
 	pool->stripe = 0;
 	if (lock_free(pool))
 		return true;
-	if (!account_is_held(pool->account))
+	if (!held_ever(pool->account))
 		wait_for_one(pool);
-	else if (count_all(pool->account) > 0 && !guard_attempt(poll, &(Attempt) {lock_free, pool}))
-		could_not_lock(pool->account);
+	else if (count_all(pool->account) > 0 && !poll(lock_free, pool))
+	{
+		/* whoever does was to be seen in the time that has passed */
+		if (held_now(pool->account) || held_is_waited_for())
+			could_not_lock(pool->account);
+		wait_for_one(pool);
+	}
 	return pool->stripe != 0;
+}
+
+/* What is to be done with all stripes locked */
+typedef struct Work
+{
+	Pool	   *pool;
+	bool		waits;
+	bool		(*work) (void *);
+	void	   *arg;
+} Work;
+
+static bool
+do_with_all(void *arg)
+{
+	Work	   *work = arg;
+	Pool	   *pool = work->pool;
+
+	if (work->waits)
+	{
+		Parameters	parameters = {0};
+
+		parameter_add_pointer(&parameters, pool->account);
+		statement_execute(&lock_all_statement, &parameters);
+		pool->has_all = stripe_lock_all_if_free(pool);
+	}
+	else
+		pool->has_all = poll(stripe_lock_all_if_free, pool);
+	return pool->has_all && (work->work == NULL || work->work(work->arg));
+}
+
+static bool
+wait_for_account(void *account)
+{
+	AccountMarks marks;
+
+	if (!account_lock(account, ACCOUNT_LOCK, &marks))
+		ereport(ERROR,
+				(errcode(ERRCODE_LEASE_BOOKS),
+				 errmsg("account \"%s\" is missing, but not its stripes", text_to_cstring(account)),
+				 errhint("See credit_lease.lease_verify(); nothing was changed.")));
+	return false;
 }
 
 /*
  * stripe_lock_all
- *		Locks all stripes of a pool's account, and the account. Returns false
- *		where the pool is not striped, and where the transaction, which has
- *		locked something of the account before, does not get them in time: it
- *		has what it had before.
+ *		Locks all stripes of a pool's account, and the account, and does some
+ *		work, NULL for none; returns whether that succeeded, in guard_attempt().
+ *		Waits for all, but where the transaction has locked something of the
+ *		account before: then pool->has_all is false if it does not get them in
+ *		time. pool->stripe is 0 where the pool is not striped.
  */
 bool
-stripe_lock_all(Pool *pool)
+stripe_lock_all(Pool *pool, bool (*work) (void *), void *arg)
 {
 	Pool		before = *pool;
+	bool		waits = !held_ever(pool->account);
+	bool		done;
 
-	if (!account_is_held(pool->account))
-		wait_for_all(pool);
-	else if (!guard_attempt(poll, &(Attempt) {stripe_lock_all_if_free, pool}))
-		pool->stripe = 0;
-	if (pool->stripe == 0)
+	for (;;)
 	{
+		done = guard_attempt(do_with_all, &(Work) {pool, waits, work, arg});
+		if (pool->has_all || !waits)
+			return done;
+		/* stripes were made anew, or somebody has the account, and may need one */
+		CHECK_FOR_INTERRUPTS();
 		*pool = before;
-		return false;
+		guard_attempt(wait_for_account, pool->account);
 	}
-	pool->has_all = true;
-	return true;
 }
 
 /*
@@ -616,9 +580,7 @@ stripe_lock_account(text *account)
 {
 	Pool		pool = {.account = account, .credit = cstring_to_text("")};
 
-	if (!account_is_held(account))
-		wait_for_all(&pool);
-	else if (!guard_attempt(poll, &(Attempt) {stripe_lock_all_if_free, &pool}))
+	if (!stripe_lock_all(&pool, NULL, NULL))
 		could_not_lock(account);
 }
 

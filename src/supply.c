@@ -6,9 +6,9 @@
  * Nothing is locked while a call waits (rule 12). Whether it has to is known
  * for sure only when the account is locked, and a lock ends with the
  * transaction: where a pool has an upstream, and not plenty, the account is
- * locked in a subtransaction, which is rolled back if there is too little. In
- * a pool that has plenty no call pays for that: the statement that locks the
- * account locks it only if there is.
+ * locked in a subtransaction, which is rolled back if there is too little, as
+ * a striped pool always is (reclaim.c). In another pool that has plenty no call
+ * pays for that: the statement that locks the account locks it only if there is.
  *
  * No call waits that could not be helped by it: one whose own transaction
  * holds the account, which the worker then cannot supply, or reads a snapshot
@@ -27,14 +27,14 @@
 #include "utils/guc.h"
 #include "utils/timestamp.h"
 
-#include "account.h"
 #include "argument.h"
 #include "clock.h"
 #include "demand.h"
-#include "guard.h"
+#include "held.h"
 #include "policy.h"
 #include "reclaim.h"
 #include "statement.h"
+#include "stripe.h"
 #include "supply.h"
 
 static int	acquire_timeout;
@@ -43,7 +43,8 @@ static int	acquire_timeout;
 #define PLENTY	"64"
 
 #define ALIVE \
-	"t.account = $1 AND t.credit = $2 AND t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > $3)"
+	"t.account = $1 AND t.credit = $2 AND t.released_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > $3)" \
+	" AND (t.trusted_until IS NULL OR t.trusted_until > $3)"
 
 static Statement lock_if_plenty_statement = {
 	.sql = "SELECT a.frozen FROM credit_lease.account a WHERE a.account = $1"
@@ -61,8 +62,9 @@ static Statement server_statement = {
 };
 
 static Statement lease_statement = {
-	.sql = "SELECT t.lease_id, (SELECT coalesce(pg_catalog.sum(t.remaining), 0) FROM credit_lease.whole_tranche t WHERE " ALIVE " AND t.open)"
-	" FROM (SELECT) one LEFT JOIN credit_lease.tranche t ON " ALIVE " AND t.kind = 'upstream' AND t.server IS NOT NULL LIMIT 1",
+	.sql = "SELECT t.lease_id, (SELECT coalesce(pg_catalog.sum(t.remaining), 0) FROM credit_lease.whole_tranche t WHERE " ALIVE " AND t.open),"
+	" t.kind IS NOT NULL"
+	" FROM (SELECT) one LEFT JOIN credit_lease.tranche t ON " ALIVE " AND t.kind IN ('upstream', 'mirror') AND t.server IS NOT NULL LIMIT 1",
 	.nargs = 3,
 	.argtypes = {TEXTOID, TEXTOID, TIMESTAMPTZOID}
 };
@@ -96,55 +98,19 @@ has_upstream(text *account, text *credit)
 	return statement_execute(&server_statement, &parameters) > 0;
 }
 
-/* Has the upstream asked by a call that cannot wait for it: for those that come after it. */
-static void
-ask_for_others(const Pool *pool, Numeric needed)
+/*
+ * supply_ask
+ *		Has the upstream asked, if the pool has one, by a call that cannot wait
+ *		for it: for those that come after it.
+ */
+void
+supply_ask(const Pool *pool, Numeric needed)
 {
 	char		error[DEMAND_MAX_ERROR];
 
 	if (has_upstream(pool->account, pool->credit))
 		demand_wait(text_to_cstring(pool->account), text_to_cstring(pool->credit), needed,
 					GetCurrentTimestamp(), error);
-}
-
-/* Locks the account if the pool seems to have many times an amount, and reads the pool. */
-static bool
-lock_if_plenty(Pool *pool, Numeric needed)
-{
-	Parameters	parameters = {0};
-	bool		isnull;
-
-	if (reclaim_lock_plenty(pool, needed))
-	{
-		if (!reclaim_cover(pool, needed))
-			ask_for_others(pool, needed);
-		return true;
-	}
-	add_pool(&parameters, pool->account, pool->credit);
-	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
-	parameter_add_pointer(&parameters, needed);
-	if (statement_execute(&lock_if_plenty_statement, &parameters) == 0)
-		return false;
-	pool->may_be_frozen = DatumGetBool(statement_value(0, 1, &isnull));
-	pool_read(pool);
-	reclaim_lapsed(pool);
-	return true;
-}
-
-/* What a pool has to have */
-typedef struct Need
-{
-	Pool	   *pool;
-	Numeric		amount;
-} Need;
-
-static bool
-lock_and_cover(void *arg)
-{
-	Need	   *need = arg;
-
-	reclaim_lock(need->pool, need->amount);
-	return reclaim_cover(need->pool, need->amount);
 }
 
 /*
@@ -156,15 +122,40 @@ static bool
 lock_if_enough(Pool *pool, Numeric needed)
 {
 	Pool		before = *pool;
-	bool		enough = guard_attempt(lock_and_cover, &(Need) {pool, needed});
+	bool		enough = reclaim_lock_if_enough(pool, needed);
 
 	if (!enough)
 	{
 		before.available = pool->available;
 		before.may_be_frozen = pool->may_be_frozen;
+		before.is_stale = pool->is_stale;
 		*pool = before;
 	}
 	return enough;
+}
+
+/*
+ * Locks the account if the pool seems to have many times an amount, or a
+ * striped pool if it has the amount, and reads the pool.
+ */
+static bool
+lock_if_plenty(Pool *pool, Numeric needed)
+{
+	Parameters	parameters = {0};
+	bool		isnull;
+
+	if (stripe_is_known(pool))
+		return !held_ever(pool->account) && lock_if_enough(pool, needed);
+	add_pool(&parameters, pool->account, pool->credit);
+	parameter_add(&parameters, TimestampTzGetDatum(clock_now()));
+	parameter_add_pointer(&parameters, needed);
+	if (statement_execute(&lock_if_plenty_statement, &parameters) == 0)
+		return false;
+	held_note(pool->account);
+	pool->may_be_frozen = DatumGetBool(statement_value(0, 1, &isnull));
+	pool_read(pool);
+	reclaim_lapsed(pool);
+	return true;
 }
 
 /*
@@ -212,11 +203,11 @@ bool
 supply_lock_if_enough(Pool *pool, Numeric needed, TimestampTz until)
 {
 	if (!IsolationUsesXactSnapshot() && policy_has_server() &&
-		has_upstream(pool->account, pool->credit) && !account_is_held(pool->account))
+		has_upstream(pool->account, pool->credit) && !held_now(pool->account))
 		return wait_for_supply(pool, needed, until);
 	if (lock_if_enough(pool, needed))
 		return true;
-	ask_for_others(pool, needed);
+	supply_ask(pool, needed);
 	return false;
 }
 
@@ -242,18 +233,18 @@ supply_lock(Pool *pool, const Request *request, Numeric needed)
 	}
 	if (!old_snapshot &&
 		(lock_if_plenty(pool, needed) ||
-		 (has_upstream(pool->account, pool->credit) && !account_is_held(pool->account) &&
+		 (has_upstream(pool->account, pool->credit) && !held_now(pool->account) &&
 		  !request_find_first(request, false, &first) && wait_for_supply(pool, needed, supply_deadline()))))
 		return;
 
 	reclaim_lock(pool, needed);
 	if (!reclaim_cover(pool, needed))
-		ask_for_others(pool, needed);
+		supply_ask(pool, needed);
 }
 
 static const char *const answer_word[] = {"pending", "live", "no upstream", "refused", "unreachable"};
 
-/* Waits for a live lease of a pool. */
+/* Waits for a live lease of a pool, or the balance of its mirror. */
 static DemandAnswer
 prewarm(text *account, text *credit, TimestampTz until)
 {
@@ -269,8 +260,8 @@ prewarm(text *account, text *credit, TimestampTz until)
 
 /*
  * lease_prewarm(account, credits, wait) -> setof credit, lease_id, available, status
- *		Has leases acquired for those of an account's pools that have none that
- *		is alive, and waits for them: for all of them together no longer than
+ *		Has leases acquired, or balances asked for, for those of an account's
+ *		pools that have none that is alive, and waits for them: for all of them together no longer than
  *		it says, or than credit_lease.acquire_timeout. What is pending then
  *		still comes.
  */
@@ -310,9 +301,9 @@ lease_prewarm(PG_FUNCTION_ARGS)
 		text	   *name = DatumGetTextPP(credit[i]);
 
 		if (has_upstream(account, name))
-			demand_ask(text_to_cstring(account), text_to_cstring(name), amount_zero());
+			demand_ask(text_to_cstring(account), text_to_cstring(name), amount_zero(), until);
 	}
-	if (IsolationUsesXactSnapshot() || account_is_held(account))
+	if (IsolationUsesXactSnapshot() || held_now(account))
 		until = GetCurrentTimestamp();
 	SPI_finish();
 	InitMaterializedSRF(fcinfo, 0);
@@ -323,6 +314,7 @@ lease_prewarm(PG_FUNCTION_ARGS)
 		Parameters	parameters = {0};
 		Datum		values[4];
 		bool		nulls[4] = {false};
+		bool		live;
 
 		statement_begin();
 		add_pool(&parameters, account, name);
@@ -331,7 +323,8 @@ lease_prewarm(PG_FUNCTION_ARGS)
 		values[0] = PointerGetDatum(name);
 		values[1] = statement_value(0, 1, &nulls[1]);
 		values[2] = statement_value(0, 2, &nulls[2]);
-		values[3] = CStringGetTextDatum(answer_word[nulls[1] || answer == DEMAND_NO_UPSTREAM ? answer : DEMAND_SUPPLIED]);
+		live = DatumGetBool(statement_value(0, 3, &nulls[3]));
+		values[3] = CStringGetTextDatum(answer_word[live && answer != DEMAND_NO_UPSTREAM ? DEMAND_SUPPLIED : answer]);
 		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
 		SPI_finish();
 	}

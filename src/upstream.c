@@ -64,11 +64,15 @@ typedef struct Option
 static void check_dialect(const char *name, const char *value);
 static void check_url(const char *name, const char *value);
 static void check_key_file(const char *name, const char *value);
+static void check_supply(const char *name, const char *value);
+static void check_usage(const char *name, const char *value);
 
 static const Option options[] = {
 	{"dialect", ForeignServerRelationId, true, check_dialect},
 	{"url", ForeignServerRelationId, true, check_url},
 	{"events_url", ForeignServerRelationId, false, check_url},
+	{"supply", ForeignServerRelationId, false, check_supply},
+	{"usage", ForeignServerRelationId, false, check_usage},
 	{"api_key_file", UserMappingRelationId, true, check_key_file}
 };
 
@@ -118,7 +122,46 @@ check_dialect(const char *name, const char *value)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("unrecognized %s", name),
-				 errhint("It is schematic, or the name of two functions of yours, schema.NAME_request(text, jsonb) and schema.NAME_outcome(text, jsonb, integer, jsonb), that return jsonb.")));
+				 errhint("It is schematic, metronome, or the name of two functions of yours, schema.NAME_request(text, jsonb) and schema.NAME_outcome(text, jsonb, integer, jsonb), that return jsonb.")));
+}
+
+static const char *const supply_word[] = {"lease", "mirror"};
+static const char *const usage_word[] = {"events", "cumulative"};
+
+static void
+check_word(const char *name, const char *value, const char *const *words)
+{
+	if (strcmp(value, words[0]) != 0 && strcmp(value, words[1]) != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("unrecognized %s", name),
+				 errhint("It is %s or %s.", words[0], words[1])));
+}
+
+static void
+check_supply(const char *name, const char *value)
+{
+	check_word(name, value, supply_word);
+}
+
+static void
+check_usage(const char *name, const char *value)
+{
+	check_word(name, value, usage_word);
+}
+
+/* Raises unless a dialect of the extension's own can do what is to be asked for by it. */
+static void
+require_supply(const char *dialect, const char *supply)
+{
+	bool		has_leases = strcmp(dialect, "schematic") == 0;
+	bool		has_mirrors = strcmp(dialect, "metronome") == 0;
+
+	if ((has_leases && strcmp(supply, "mirror") == 0) || (has_mirrors && strcmp(supply, "lease") == 0))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("dialect \"%s\" has no %s", dialect, has_leases ? "balances" : "leases"),
+				 errhint("Leave option \"supply\" out.")));
 }
 
 pg_noreturn static void
@@ -285,6 +328,21 @@ invalid_option(const char *name, Oid catalog)
 			 errhint("There are no valid options in this context.")));
 }
 
+static char *
+find_option(List *options, const char *name)
+{
+	ListCell   *cell;
+
+	foreach(cell, options)
+	{
+		DefElem    *def = lfirst_node(DefElem, cell);
+
+		if (strcmp(def->defname, name) == 0)
+			return defGetString(def);
+	}
+	return NULL;
+}
+
 /*
  * upstream_validator(options, catalog)
  *		Raises unless the options are those of an upstream or of a user mapping
@@ -297,6 +355,8 @@ upstream_validator(PG_FUNCTION_ARGS)
 	List	   *given = untransformRelOptions(PG_GETARG_DATUM(0));
 	Oid			catalog = PG_GETARG_OID(1);
 	bool		seen[NOPTIONS] = {false};
+	char	   *dialect;
+	char	   *supply;
 	ListCell   *cell;
 
 	foreach(cell, given)
@@ -319,6 +379,10 @@ upstream_validator(PG_FUNCTION_ARGS)
 					(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
 					 errmsg("option \"%s\" is required", options[i].name)));
 	}
+	dialect = find_option(given, "dialect");
+	supply = find_option(given, "supply");
+	if (dialect && supply)
+		require_supply(dialect, supply);
 	PG_RETURN_VOID();
 }
 
@@ -337,21 +401,6 @@ upstream_require(const char *server)
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("server \"%s\" is not an upstream", server),
 				 errhint("An upstream is a server of the foreign-data wrapper \"%s\".", WRAPPER)));
-}
-
-static char *
-find_option(List *options, const char *name)
-{
-	ListCell   *cell;
-
-	foreach(cell, options)
-	{
-		DefElem    *def = lfirst_node(DefElem, cell);
-
-		if (strcmp(def->defname, name) == 0)
-			return defGetString(def);
-	}
-	return NULL;
 }
 
 pg_noreturn static void

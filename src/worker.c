@@ -326,7 +326,7 @@ ask(int slot, bool look, bool collect, TimestampTz *next_due)
 		leasing_clean(woken_for & WAKE_FOR_POLICIES);
 	if (look || (woken_for & WAKE_FOR_LEASES))
 		leasing_look();
-	leasing_meet_demand(exchanges);
+	leasing_meet_demand(exchanges, next_due);
 	if (collect)
 		more = report_collect();
 	SetUserIdAndSecContext(user, security);

@@ -47,6 +47,7 @@ sub account
 	return $self->{account}{$name} //= {
 		tranche => {},
 		hold => {},
+		session => {},
 		key => {},
 		call => {},
 		frozen => {},
@@ -72,18 +73,25 @@ sub _pool
 
 # Gives back what holds have let expire and writes off expired tranches
 # (rules 7 and 8); after it, all that remains can be spent. A call that is not
-# short of a striped pool's credit may leave expired holds for others: those
-# are kept, but of the credit that a call is short of.
+# short of credit may leave expired sessions for others, and expired holds of a
+# striped pool: those are kept, but of the credit that a call is short of, given
+# by hold and session.
 sub _sweep
 {
-	my ($self, $account, $short) = @_;
+	my ($self, $account, %short) = @_;
 
 	for my $hold (values %{ $account->{hold} })
 	{
 		next if $hold->{status} ne 'held' || $hold->{expires_at} > $self->{now};
-		next if $self->{kept}{ $hold->{id} } && $hold->{credit} ne ($short // '');
+		next if $self->{kept}{ $hold->{id} } && $hold->{credit} ne ($short{hold} // '');
 		$hold->{status} = 'expired';
 		_give_back($account, $hold, 0);
+	}
+	for my $session (values %{ $account->{session} })
+	{
+		next if $session->{status} ne 'open' || $session->{expires_at} > $self->{now};
+		next if $self->{kept}{ $session->{name} } && $session->{credit} ne ($short{session} // '');
+		_end_session($account, $session, 'expired');
 	}
 	for my $tranche (values %{ $account->{tranche} })
 	{
@@ -138,14 +146,29 @@ sub available
 	return sum0 map { $_->{remaining} } _pool($self->account($name), $credit);
 }
 
-# Returns whether a call can take an amount; before it cannot, it gives all back
-# that has expired.
+# Returns whether a call can take an amount; before it cannot, it gives all holds
+# back that have expired, and then all sessions.
 sub _covers
 {
 	my ($self, $name, $credit, $amount) = @_;
 
-	$self->_sweep($self->account($name), $credit) if $self->available($name, $credit) < $amount;
+	for my $kind ('hold', 'session')
+	{
+		last if $self->available($name, $credit) >= $amount;
+		$self->_sweep($self->account($name), $kind => $credit);
+	}
 	return $self->available($name, $credit) >= $amount;
+}
+
+# Returns why a call cannot take an amount, or nothing.
+sub _refusal
+{
+	my ($self, $name, $credit, $amount) = @_;
+	my $covered = $self->_covers($name, $credit, $amount);
+
+	return _refused('LC007') if _is_frozen($self->account($name), $credit);
+	return _refused('LC001') if !$covered;
+	return;
 }
 
 # Gives back and writes off what has expired in an account, but for some holds.
@@ -156,6 +179,28 @@ sub sweep
 	local $self->{kept} = $kept;
 	$self->_sweep($self->account($name));
 	return;
+}
+
+# Returns the expired holds and sessions of an account that nobody has given back
+# yet, but no holds of some credits.
+sub lapsed
+{
+	my ($self, $name, %not_held) = @_;
+	my $account = $self->account($name);
+
+	return {
+		map { ($_->{name} // $_->{id}) => 1 }
+		  grep { $_->{status} =~ /^(held|open)$/ && $_->{expires_at} <= $self->{now} }
+		  (grep { !$not_held{ $_->{credit} } } values %{ $account->{hold} }), values %{ $account->{session} }
+	};
+}
+
+# Returns the sessions of a pool that nobody has ended.
+sub open_sessions
+{
+	my ($account, $credit) = @_;
+
+	return grep { $_->{status} eq 'open' && $_->{credit} eq $credit } values %{ $account->{session} };
 }
 
 # Returns a row for each credit, as lease_balance() does.
@@ -171,13 +216,17 @@ sub balance
 	{
 		my @pool = _pool($account, $credit);
 		my @expiry = map { $_->{expires_at} } grep { $_->{remaining} > 0 && defined $_->{expires_at} } @pool;
+		my $spent = sum0 map { $_->{spent} } open_sessions($account, $credit);
 		my %sum;
 
-		for my $term (qw(remaining reserved consumed expired granted))
+		for my $term (qw(remaining reserved chunked consumed expired granted))
 		{
 			$sum{$term} = sum0 map { $_->{$term} } @pool;
 		}
-		push @rows, [ $credit, @sum{qw(remaining reserved)}, 0, @sum{qw(consumed expired granted)}, min(@expiry) ];
+		push @rows, [
+			$credit, @sum{qw(remaining reserved)}, $sum{chunked} - $spent,
+			$sum{consumed} + $spent, @sum{qw(expired granted)}, min(@expiry)
+		];
 	}
 	return @rows;
 }
@@ -233,6 +282,7 @@ sub _grant
 		granted => $params{amount},
 		remaining => $params{amount},
 		reserved => 0,
+		chunked => 0,
 		consumed => 0,
 		expired => 0,
 		returned => 0,
@@ -241,24 +291,24 @@ sub _grant
 	};
 }
 
-# Records the entries of a call: rows are [tranche, amount in the call's word,
-# consumed]. Returns the number that the call returns.
+# Records the next entries of a call: rows are [tranche, amount in the call's
+# word, consumed], and perhaps a kind of their own. Returns the number that the
+# call returns.
 sub _entries
 {
 	my ($self, $account, $got, $kind, $rows, %params) = @_;
-	my $call = { parts => [] };
-	my $available = sum0 map { $_->{remaining} } _pool($account, $params{credit});
-	my @numbers = map { $_->{entry_id} } @{ $got->{entries} };
-	my @entries;
+	my $call = { parts => [], of_session => $kind =~ /^session_/ };
+	my $available = $params{available} // sum0 map { $_->{remaining} } _pool($account, $params{credit});
+	my @numbers = splice @{ $got->{numbers} }, 0, scalar @$rows;
 
 	for my $row (@$rows)
 	{
-		my ($tranche, $amount, $consumed) = @$row;
+		my ($tranche, $amount, $consumed, $own_kind) = @$row;
 
 		push @{ $call->{parts} }, { tranche => $tranche, consumed => $consumed, refunded => 0 };
-		push @entries,
+		push @{ $got->{expected} },
 		  {
-			kind => $kind,
+			kind => $own_kind // $kind,
 			credit => $params{credit},
 			amount => $amount,
 			available => $available,
@@ -270,7 +320,6 @@ sub _entries
 	{
 		$account->{call}{ $self->_number('entry', $number) } = $call;
 	}
-	$got->{expected} = \@entries;
 	return @numbers ? $numbers[0] : -1;
 }
 
@@ -282,19 +331,19 @@ sub _key
 	my $key = $call->{key};
 
 	return if !defined $key || !$account->{key}{$key};
-	return $account->{key}{$key} if $account->{key}{$key}{signature} eq _signature($call);
+	return $account->{key}{$key} if $account->{key}{$key}{signature} eq _signature($call) && !$account->{key}{$key}{short};
 	return _refused('LC002');
 }
 
 # Two calls with the same signature are the same request. Plain and trying are
-# the same function; instants and amounts are numbers here.
+# the same function, and so is an event; instants and amounts are numbers here.
 sub _signature
 {
 	my ($call) = @_;
-	(my $function = $call->{function}) =~ s/^try_//;
+	my $function = $call->{function} =~ s/^(try_|event$)//r || 'consume';
 
 	return join '|', $function, map { "$_=$call->{$_}" }
-	  grep { !/^(function|account|key|spelling)$/ && defined $call->{$_} } sort keys %$call;
+	  grep { !/^(function|account|key|spelling|ordinal|charge)$/ && defined $call->{$_} } sort keys %$call;
 }
 
 sub _remember
@@ -327,6 +376,7 @@ sub call
 	my ($before, $result);
 
 	$got->{expected} = [];
+	$got->{numbers} = [ map { $_->{entry_id} } @{ $got->{entries} } ];
 	return _refused('22023') if $call->{bad};
 	$method =~ s/^_try_/_/;
 	$self->{kept} = $got->{kept};
@@ -424,6 +474,7 @@ sub _refund
 	# of a key that is another request's, and an entry that is not there, both
 	# refusals are true
 	return _refused('LC003', $first ? 'LC002' : ()) if !$of;
+	return _refused('0A000') if $of->{of_session};
 	return $first if $first && $first->{error};
 	return { row => [ @{ $first->{row} }, 't' ] } if $first;
 
@@ -463,10 +514,8 @@ sub _consume
 
 	return $first if $first && $first->{error};
 	return { row => [ @{ $first->{row} }, 't' ] } if $first;
-	my $covered = $self->_covers($call->{account}, $call->{credit}, $call->{amount});
-
-	return _refused('LC007') if _is_frozen($account, $call->{credit});
-	return _refused('LC001') if !$covered;
+	my $refusal = $self->_refusal(@$call{qw(account credit amount)});
+	return $refusal if $refusal;
 
 	my @rows = map { [ @$_, $_->[1] ] } _take($account, $call->{credit}, $call->{amount}, 'consumed');
 	my $entry = $self->_entries($account, $got, 'consume', \@rows, credit => $call->{credit});
@@ -697,6 +746,259 @@ sub _release
 	$self->_sweep($account);
 	$self->_entries($account, $got, 'release', \@rows, credit => $call->{credit}) if @rows;
 	return { row => [ @leases ? 't' : 'f' ] };
+}
+
+# ---------------------------------------------------------------------------
+# Sessions. What a session has taken is chunked in its tranches until it ends;
+# of which of them it has been spent (paid), and is to be (left, in their
+# order), it knows by itself.
+# ---------------------------------------------------------------------------
+
+# Returns the session of a call, and why that cannot be changed, if so.
+sub _session
+{
+	my ($self, $call) = @_;
+	my $session = $self->account($call->{account})->{session}{ $call->{session} };
+	my $status = $session ? $self->_session_status($session) : 'none';
+	my %refusal = (none => 'LC003', expired => 'LC004', closed => 'LC005');
+
+	return ($session, $status eq 'open' ? undef : _refused($refusal{$status}));
+}
+
+sub _session_status
+{
+	my ($self, $session) = @_;
+
+	return $session->{status} eq 'open' && $session->{expires_at} <= $self->{now} ? 'expired' : $session->{status};
+}
+
+sub _session_row
+{
+	my ($self, $session, $applied, $asked) = @_;
+
+	return { row => [
+		$applied ? 't' : 'f', @$session{qw(name deposit accepted spent)}, $session->{spent} + ($asked // 0),
+		$session->{units}, $self->_session_status($session)
+	] };
+}
+
+# Carves an amount that is there out of the pool for a session. What was spent
+# of a tranche before stays spent of it; the rest is in burn order again.
+sub _carve
+{
+	my ($self, $account, $session, $amount, $got) = @_;
+	my @taken = _take($account, $session->{credit}, $amount, 'chunked');
+
+	for my $taken (@taken)
+	{
+		my ($tranche, $part) = @$taken;
+
+		$session->{left}{ $tranche->{id} } += $part;
+		$session->{paid}{ $tranche->{id} } += 0;
+		$session->{expires_at} = min($session->{expires_at}, $tranche->{expires_at} // ());
+	}
+	$session->{order} = [ grep { $session->{left}{$_} } map { $_->{id} } _pool($account, $session->{credit}) ];
+	$session->{deposit} += $amount;
+	$self->_entries($account, $got, 'session', [ map { [ @$_, 0 ] } @taken ],
+		credit => $session->{credit},
+		reservation_id => $session->{id});
+	return;
+}
+
+sub _charge
+{
+	my ($self, $account, $session, $amount, $got) = @_;
+	my $rest = $amount;
+
+	for my $id (@{ $session->{order} })
+	{
+		my $part = min($rest, $session->{left}{$id});
+
+		$session->{left}{$id} -= $part;
+		$session->{paid}{$id} += $part;
+		$rest -= $part;
+	}
+	die 'the model is wrong: a session is not the sum of its parts' if $rest != 0;
+	$session->{spent} += $amount;
+	$session->{units}++;
+	$self->_entries($account, $got, 'session_charge', [ [ $session, $amount, 0 ] ],
+		credit => $session->{credit},
+		available => $session->{deposit} - $session->{spent},
+		reservation_id => $session->{id});
+	return;
+}
+
+# Ends a session: what was spent of its tranches is consumed there, the rest
+# returns to them. Returns [tranche, spent, 0] for each.
+sub _end_session
+{
+	my ($account, $session, $status) = @_;
+	my @parts;
+
+	for my $tranche (grep { defined $session->{left}{ $_->{id} } } _pool($account, $session->{credit}))
+	{
+		my ($paid, $left) = ($session->{paid}{ $tranche->{id} }, $session->{left}{ $tranche->{id} });
+
+		$tranche->{chunked} -= $paid + $left;
+		$tranche->{consumed} += $paid;
+		$tranche->{remaining} += $left;
+		push @parts, [ $tranche, $paid, 0 ];
+	}
+	$session->{status} = $status;
+	return @parts;
+}
+
+sub _session_open
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my ($session, $refusal) = $self->_session($call);
+
+	if ($session)
+	{
+		return _refused('LC002') if $session->{credit} ne $call->{credit} || $session->{opened} != $call->{deposit};
+		return $refusal // $self->_session_row($session, 0);
+	}
+	$refusal = $self->_refusal(@$call{qw(account credit deposit)});
+	return $refusal if $refusal;
+
+	$session = $account->{session}{ $call->{session} } = {
+		id => $self->_number('tranche', $got->{entries}[0] ? $got->{entries}[0]{reservation_id} : undef),
+		name => $call->{session},
+		credit => $call->{credit},
+		status => 'open',
+		opened => $call->{deposit},
+		expires_at => $self->{now} + ($call->{ttl} // DEFAULT_TTL),
+		map { $_ => 0 } qw(deposit accepted spent units)
+	};
+	$self->_carve($account, $session, $call->{deposit}, $got);
+	return $self->_session_row($session, 1);
+}
+
+sub _session_topup
+{
+	my ($self, $call, $got) = @_;
+	my ($session, $refusal) = $self->_session($call);
+
+	$refusal //= $self->_refusal($call->{account}, $session->{credit}, $call->{amount});
+	return $refusal if $refusal;
+	$self->_carve($self->account($call->{account}), $session, $call->{amount}, $got);
+	return $self->_session_row($session, 1);
+}
+
+sub _session_authorize
+{
+	my ($self, $call, $got) = @_;
+	my ($session, $refusal) = $self->_session($call);
+
+	return $refusal if $refusal;
+	return _refused('LC001') if $call->{cumulative} > $session->{deposit};
+	my $more = $call->{cumulative} > $session->{accepted};
+	$session->{accepted} = $call->{cumulative} if $more;
+	return $self->_session_row($session, $more);
+}
+
+sub _session_charge
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my ($session, $refusal) = $self->_session($call);
+
+	return $refusal if $refusal;
+	return _refused('LC007') if _is_frozen($account, $session->{credit});
+	return $self->_session_row($session, 0, $call->{amount})
+	  if $session->{spent} + $call->{amount} > $session->{accepted};
+	$self->_charge($account, $session, $call->{amount}, $got);
+	return $self->_session_row($session, 1);
+}
+
+sub _session_snapshot
+{
+	my ($self, $call, $got) = @_;
+	my ($session, $refusal) = $self->_session($call);
+
+	return $refusal if !$session;
+	return $self->_session_row($session, 0, $call->{next_amount});
+}
+
+sub _session_reconcile
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my $told = $call->{snapshot};
+
+	return _refused('22023') if $told->{spent} > $told->{accepted} || $told->{accepted} > $told->{deposit};
+	my ($session, $refusal) = $self->_session($call);
+	return $refusal if $refusal;
+
+	my $units = max($session->{units}, $told->{units} // 0);
+	my %more = map { $_ => $told->{$_} - $session->{$_} } qw(deposit accepted spent);
+	$refusal = $self->_refusal($call->{account}, $session->{credit}, $more{deposit}) if $more{deposit} > 0;
+	$refusal //= _refused('LC007') if $more{spent} > 0 && _is_frozen($account, $session->{credit});
+	return $refusal if $refusal;
+
+	my $applied = $units > $session->{units} || grep { $_ > 0 } values %more;
+	$self->_carve($account, $session, $more{deposit}, $got) if $more{deposit} > 0;
+	$session->{accepted} = max($session->{accepted}, $told->{accepted});
+	$self->_charge($account, $session, $more{spent}, $got) if $more{spent} > 0;
+	$session->{units} = $units;
+	return $self->_session_row($session, $applied);
+}
+
+sub _session_close
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my ($session, $refusal) = $self->_session($call);
+
+	return $refusal if !$session;
+	my $total = $call->{cumulative} // $session->{spent};
+	return $self->_session_row($session, 0) if $session->{status} eq 'closed' && $total == $session->{spent};
+	return $refusal if $refusal;
+	return _refused('22023') if $total < $session->{spent};
+	return _refused('LC001') if $total > $session->{deposit};
+	if ($total > $session->{spent})
+	{
+		return _refused('LC007') if _is_frozen($account, $session->{credit});
+		$session->{accepted} = max($session->{accepted}, $total);
+		$self->_charge($account, $session, $total - $session->{spent}, $got);
+	}
+
+	my @rows = _end_session($account, $session, 'closed');
+	$self->_sweep($account);	# what returned to an expired tranche
+	$self->_entries($account, $got, 'session_close', \@rows,
+		credit => $session->{credit},
+		reservation_id => $session->{id});
+	return $self->_session_row($session, 1);
+}
+
+# An event of lease_ingest(), which is never an error.
+sub _event
+{
+	my ($self, $call, $got) = @_;
+	my $account = $self->account($call->{account});
+	my $first = defined $call->{key} ? $account->{key}{ $call->{key} } : undef;
+	my $frozen = _is_frozen($account, $call->{credit});
+
+	# whether anything was given back for one that cannot be spent in any case, its answer tells
+	my $covered = $self->_covers(@$call{qw(account credit)}, $first || $frozen ? $got->{row}[4] : $call->{amount});
+	my $available = $self->available(@$call{qw(account credit)});
+	my $reason =
+		$first ? ($first->{signature} eq _signature($call) ? 'duplicate' : 'key_conflict')
+	  : $frozen ? 'frozen'
+	  : $covered ? undef
+	  : $call->{charge} ? 'shortfall'
+	  : 'insufficient_credit';
+
+	return { row => [ $call->{ordinal}, 'f', $reason eq 'duplicate' ? 't' : 'f', $reason, $available ] }
+	  if defined $reason && $reason ne 'shortfall';
+
+	my $amount = min($call->{amount}, $available);
+	my @rows = map { [ @$_, $_->[1] ] } _take($account, $call->{credit}, $amount, 'consumed');
+	push @rows, [ undef, $call->{amount} - $amount, 0, 'shortfall' ] if $reason;
+	my $entry = $self->_entries($account, $got, 'consume', \@rows, credit => $call->{credit});
+	_remember($account, $call, row => [ 't', $entry, $call->{amount}, $available - $amount ], short => $reason);
+	return { row => [ $call->{ordinal}, 't', 'f', $reason, $available - $amount ] };
 }
 
 sub _freeze

@@ -16,8 +16,9 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
+use Time::Local qw(timegm);
 
-our @EXPORT = qw(lease_cluster books_balance becomes until_true quoted pgbench start_pgbench finish_pgbench any_calls);
+our @EXPORT = qw(lease_cluster books_balance becomes until_true seconds quoted pgbench start_pgbench finish_pgbench any_calls);
 
 # Returns a started cluster, with the extension in its database postgres. conf
 # is appended to postgresql.conf; other parameters go to init().
@@ -59,10 +60,20 @@ sub until_true
 {
 	my ($is_true, $name) = @_;
 	my $deadline = time + $PostgreSQL::Test::Utils::timeout_default;
+	my $true;
 
-	sleep 0.05 until $is_true->() || time > $deadline;
+	# asked once a round: what was true for a moment has been seen
+	sleep 0.05 until ($true = $is_true->()) || time > $deadline;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	return ok($is_true->(), $name);
+	return ok($true, $name);
+}
+
+# Returns a time that an upstream has logged, in seconds.
+sub seconds
+{
+	my ($year, $month, $day, $hour, $minute, $second) = $_[0] =~ /^(\d+)-(\d+)-(\d+)T(\d+):(\d+):([\d.]+)Z$/;
+
+	return timegm(0, $minute, $hour, $day, $month - 1, $year) + $second;
 }
 
 # Returns a text as an SQL literal.
@@ -146,7 +157,28 @@ sub any_calls
 				ELSE PERFORM credit_lease.lease_refund(name, entry, 0.125) WHERE entry IS NOT NULL;
 			END CASE;
 			RETURN NULL;
-		EXCEPTION WHEN SQLSTATE 'LC001' OR SQLSTATE 'LC004' OR SQLSTATE 'LC005' OR SQLSTATE 'LC007' THEN
+		EXCEPTION WHEN SQLSTATE 'LC001' OR SQLSTATE 'LC004' OR SQLSTATE 'LC005' OR SQLSTATE 'LC007' OR SQLSTATE 'LC008' THEN
+			RETURN SQLSTATE;
+		END $$;
+		-- likewise for sessions; one name is everybody's for a moment
+		CREATE FUNCTION fight_session(name text, n int, k int) RETURNS text LANGUAGE plpgsql AS $$
+		DECLARE
+			fresh text := 'session ' || (extract(epoch FROM clock_timestamp()) * 20)::bigint;
+			live text := coalesce((SELECT owner FROM credit_lease.open_lease
+				WHERE account = name AND kind = 'session' ORDER BY tranche_id DESC OFFSET n % 3 LIMIT 1), fresh);
+		BEGIN
+			CASE k % 7
+				WHEN 0 THEN PERFORM credit_lease.lease_session_open(name, 'tokens', fresh, 5 + n % 2, n * interval '100 ms');
+				WHEN 1 THEN PERFORM credit_lease.lease_session_topup(name, live, n / 8.0);
+				WHEN 2 THEN PERFORM credit_lease.lease_session_authorize(name, live, n / 4.0);
+				WHEN 3 THEN PERFORM credit_lease.lease_session_reconcile(name, live, jsonb_build_object(
+					'session', live, 'deposit', n / 2.0, 'accepted_cumulative', n / 3.0, 'spent', n / 5.0, 'units', n));
+				WHEN 4 THEN PERFORM credit_lease.lease_session_close(name, live, CASE WHEN n % 2 = 0 THEN n / 5.0 END);
+				ELSE PERFORM credit_lease.lease_session_charge(name, live, n / 16.0);
+			END CASE;
+			RETURN NULL;
+		EXCEPTION WHEN SQLSTATE 'LC001' OR SQLSTATE 'LC002' OR SQLSTATE 'LC003' OR SQLSTATE 'LC004' OR SQLSTATE 'LC005'
+			OR SQLSTATE 'LC007' OR SQLSTATE 'LC008' OR SQLSTATE '22023' THEN
 			RETURN SQLSTATE;
 		END $$});
 
@@ -220,6 +252,24 @@ SELECT lease_try_reserve('acct:' || :a, 'tokens', :n, '1 hour', min_amount => 0.
 },
 		'fight@10' => $any . q{
 SELECT public.fight('acct:' || :a, :n);
+},
+		'session@10' => $any . q{
+\set k random(1, 700)
+SELECT public.fight_session('acct:' || :a, :n, :k);
+},
+		# of several accounts, with the keys of the other scripts
+		'ingest@5' => $any . q{
+\set k random(1, 300)
+SELECT count(*) FROM lease_ingest(ARRAY['acct:' || :a, 'acct:' || :a % 3 + 1, 'acct:' || :a, 'acct:4', 'nobody:' || :m],
+	ARRAY['tokens', 'tokens', 'tokens', 'tokens', 'tokens'], ARRAY[:n / 8.0, 0.25, 0.5 + :k % 3, 1, 1],
+	ARRAY[NULL, 'event ' || :k, 'key ' || :k, 'topup ' || :m, 'key ' || :k]);
+},
+		'charge@2' => $any . q{
+\set k random(1, 300)
+SELECT count(*) FROM lease_ingest(jsonb_build_array(
+	jsonb_build_object('account', 'acct:' || :a, 'credit', 'tokens', 'amount', :k::int, 'key', 'charge ' || :k),
+	jsonb_build_object('account', 'acct:' || :a % 2 + 1, 'credit', 'tokens', 'amount', 0.25, 'key', 'event ' || :k),
+	jsonb_build_object('account', 'acct:4', 'credit', 'tokens', 'amount', :n::int)), 'charge');
 },
 		'rollback@3' => $any . q{
 BEGIN;

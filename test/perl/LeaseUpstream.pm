@@ -1,5 +1,6 @@
 # LeaseUpstream.pm
-#	The reference upstream as a child process: test/upstream/schematic.py.
+#	The reference upstreams as child processes: test/upstream/schematic.py, or
+#	metronome.py.
 #
 # What its control interface takes and returns is told there. Amounts come back
 # as Math::BigInt and Math::BigFloat where a Perl number would round them, and
@@ -18,20 +19,21 @@ use POSIX qw(WNOHANG);
 use Test::More;
 use Time::HiRes qw(sleep);
 
-my $program = dirname(__FILE__) . '/../upstream/schematic.py';
+my $programs = dirname(__FILE__) . '/../upstream';
 my $json = JSON::PP->new->utf8->canonical->allow_bignum;
 
 # those to end with the test, by process
 my %running;
 
-# Starts a server that keeps its state and its log in dir. tls is [certificate,
-# key], or 1 for a certificate of its own, which certificate() tells; options
-# go to the program.
+# Starts a server that keeps its state and its log in dir. dialect is what it
+# speaks, schematic if it is not said; tls is [certificate, key], or 1 for a
+# certificate of its own, which certificate() tells; options go to the program.
 sub start
 {
 	my ($class, %params) = @_;
 	my $self = bless {
 		dir => $params{dir},
+		dialect => $params{dialect} // 'schematic',
 		port => 0,
 		tls => $params{tls},
 		options => $params{options} // [],
@@ -138,6 +140,7 @@ sub events_of
 {
 	my ($self, $company, $request) = @_;
 
+	return grep { $_->{customer_id} eq $company } @{ $request->{body} } if $self->{dialect} eq 'metronome';
 	return grep { $_->{body}{company}{id} eq $company } @{ $request->{body}{events} };
 }
 
@@ -148,8 +151,16 @@ sub asked
 	my ($self, $kind, $company) = @_;
 
 	return grep {
-		$_->{kind} eq $kind && ($kind eq 'events' ? $self->events_of($company, $_) : ($_->{company_id} // '') eq $company)
+		$_->{kind} eq $kind && ($kind =~ /^(events|ingest)$/ ? $self->events_of($company, $_) : ($_->{company_id} // '') eq $company)
 	} $self->requests;
+}
+
+# Returns a customer: total, balance and used.
+sub customer
+{
+	my ($self, $customer) = @_;
+
+	return (grep { $_->{customer_id} eq $customer } @{ $self->books->{customers} })[0];
 }
 
 # Returns the leases of a company.
@@ -202,15 +213,16 @@ sub key_file
 }
 
 # Returns the SQL that makes the upstream known, as a foreign server of a name.
-# url and key_file stand for its own.
+# url and key_file stand for its own; options are further ones of the server.
 sub server
 {
 	my ($self, $name, %params) = @_;
 	my $url = $params{url} // $self->url;
 	my $key_file = $params{key_file} // ($self->{key_file} //= $self->key_file);
+	my $options = join '', map { ", $_ '$params{options}{$_}'" } sort keys %{ $params{options} // {} };
 
 	return qq{
-		CREATE SERVER "$name" FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'schematic', url '$url');
+		CREATE SERVER "$name" FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect '$self->{dialect}', url '$url'$options);
 		CREATE USER MAPPING FOR CURRENT_USER SERVER "$name" OPTIONS (api_key_file '$key_file');};
 }
 
@@ -331,7 +343,7 @@ sub _run
 	my ($self) = @_;
 	my $port_file = "$self->{dir}/port";
 	my @command = (
-		'python3', $program,
+		'python3', '-B', "$programs/$self->{dialect}.py",
 		'--port', $self->{port},
 		'--port-file', $port_file,
 		'--file', "$self->{dir}/state",

@@ -24,6 +24,24 @@ SELECT schematic_outcome('extend', :'request', 404, '{"error": "there is no such
 SELECT schematic_outcome('acquire', :'request', 200, '{"data": null}'), schematic_outcome('acquire', :'request', 200, '[]');
 SELECT schematic_outcome('report', :'request', 200, '{"data": {"events": null}}'), schematic_outcome('report', :'request', 500, 'null');
 
+-- schematic: a running total
+SELECT schematic_request('report', :'request'::jsonb || '{"events": [{"idempotency_key": "l:9", "event": "tokens", "quantity": 12.5, "lease_id": "l", "cumulative": true, "company_id": "comp_1", "created_at": "2026-01-01T00:00:02.000001Z"}]}')->'body'->'events'->0->'body' AS event;
+
+-- metronome: balances
+SELECT jsonb_pretty(metronome_request('balance', :'request'));
+SELECT metronome_outcome('balance', :'request', 200, '{"data": {"balance": 12.5, "credit_type_id": "bilcr_1", "more": 1}}');
+SELECT metronome_outcome('balance', :'request', 200, '{"data": null}'), metronome_outcome('balance', :'request', 200, 'null');
+SELECT metronome_outcome('balance', :'request', 404, '{"message": "there is no such customer"}'), metronome_outcome('report', :'request', 500, 'null');
+
+-- metronome: reports; what is measured is not what traits say
+\set told '{"events": [{"idempotency_key": "a/t/1:7", "event": "tokens", "quantity": 0.0000015, "credit_type_id": "bilcr_1", "company_id": "comp_1", "created_at": "2026-01-01T00:00:01.000001Z"}, {"idempotency_key": "a:8", "event": "chat", "quantity": 12345678901234567890.5, "credit_type_id": "bilcr_1", "traits": {"model": "m", "quantity": 1, "cumulative": "true"}, "company_id": "comp_1", "created_at": "2026-01-01T00:00:02.000001Z"}, {"idempotency_key": "a/t/1:9", "event": "tokens", "quantity": 40, "cumulative": true, "mirror": "a/t/1", "credit_type_id": "bilcr_1", "company_id": "comp_1", "created_at": "2026-01-01T00:00:03.000001Z"}]}'
+SELECT jsonb_pretty(metronome_request('report', :'request'::jsonb || :'told'));
+SELECT metronome_request('report', :'request'::jsonb || :'told' || '{"events_url": "https://events.example.com"}')->'url' AS url;
+SELECT metronome_outcome('report', :'request', 200, 'null');
+
+-- metronome: what it does not know
+SELECT metronome_request('acquire', :'request')->'url' AS url;
+
 -- one of somebody's own
 CREATE SCHEMA acme;
 CREATE FUNCTION acme.api_request(operation text, request jsonb) RETURNS jsonb LANGUAGE sql
@@ -40,6 +58,7 @@ BEGIN ATOMIC
       'granted', reply->'total', 'expires_at', reply->'until', 'released_at', reply->'ended') END;
 END;
 CREATE SERVER acme FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'acme.api', url 'https://billing.acme.example');
+SELECT server, dialect, supply, usage FROM upstream WHERE server = 'acme';
 SELECT jsonb_pretty(acme.api_request('acquire', :'request'));
 SELECT acme.api_outcome('acquire', :'request', 200, '{"lease": "l", "customer": "comp_1", "unit": "bilcr_1", "total": 5, "until": "2026-01-01T00:05:00Z"}');
 
@@ -54,7 +73,8 @@ SELECT * FROM lease_policy('acct:2', 'other');
 SELECT code, message FROM refusal($$ INSERT INTO credit_lease.policy (account, server) VALUES ('acct:3', 'nowhere') $$);
 SELECT code FROM refusal($$ UPDATE credit_lease.policy SET server = 'nowhere' WHERE account IS NULL $$);
 SELECT setting, r.code FROM (VALUES ('lease_size = 0'), ('lease_size = ''NaN'''), ('lease_duration = ''0'''), ('low_water_mark = 1'),
-	('low_water_mark = -0.1'), ('safety_margin = ''-1 s'''), ('company_id = '''''), ('event = ''''')) v (setting),
+	('low_water_mark = -0.1'), ('safety_margin = ''-1 s'''), ('company_id = '''''), ('event = '''''),
+	('sync_interval = ''999 ms'''), ('sync_interval = ''2 years'''), ('max_staleness = ''0'''), ('max_staleness = ''11 years''')) v (setting),
 	LATERAL refusal('UPDATE credit_lease.policy SET ' || setting) r;
 -- without a worker, nobody can be asked
 SELECT code, message, detail FROM refusal($$ SELECT credit_lease.lease_consume('acct:1', 'tokens', 1) $$);

@@ -70,7 +70,7 @@ SELECT pg_describe_object(o.classid, o.objid, 0) AS without_comment
 SELECT p.oid::regprocedure AS without_search_path
   FROM pg_proc p
  WHERE p.pronamespace = 'credit_lease'::regnamespace
-   AND p.proconfig IS DISTINCT FROM ARRAY['search_path=pg_catalog, pg_temp'];
+   AND 'search_path=pg_catalog, pg_temp' = ANY (p.proconfig) IS NOT TRUE;
 
 -- Functions run as the extension's owner, so that a role needs no rights on
 -- tables. Those that touch no table do not.

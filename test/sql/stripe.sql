@@ -630,6 +630,123 @@ SELECT * FROM state('stripe:17') WHERE credit = 'tokens';
 SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:17', 'tokens', 4);
 
 --
+-- What a session remembers of a pool is where to begin, and no more
+--
+SELECT trim_scale(available) AS available FROM (VALUES ('tokens'), ('images')) v (credit), LATERAL lease_topup('stripe:20', credit, 100000);
+SELECT lease_stripe('stripe:20', credit, 4) FROM (VALUES ('tokens'), ('images')) v (credit);
+SELECT applied FROM lease_consume('stripe:20', 'tokens', 1);
+-- another tranche, and other stripes, while it remembers what the others have
+DO $$
+DECLARE
+	before numeric := (SELECT available FROM credit_lease.lease_consume('stripe:20', 'tokens', 1));
+BEGIN
+	PERFORM credit_lease.lease_topup('stripe:20', 'tokens', 100);
+	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'tokens', 1)) <> before + 99 THEN
+		RAISE 'a tranche that came in was passed over';
+	END IF;
+	PERFORM credit_lease.lease_stripe('stripe:20', 'tokens', 3);
+	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'tokens', 1)) <> before + 98 THEN
+		RAISE 'stripes that are no more were taken into account';
+	END IF;
+END
+$$;
+-- what others have is not remembered of a call that took of them, nor of one
+-- whose transaction did, which may be rolled back
+DO $$
+DECLARE
+	before numeric;
+BEGIN
+	before := (SELECT available FROM credit_lease.lease_consume('stripe:20', 'images', 1));
+	COMMIT;
+	PERFORM credit_lease.lease_consume('stripe:20', 'images', 50000);
+	COMMIT;
+	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'images', 1)) <> before - 50001 THEN
+		RAISE 'what was gathered was counted twice';
+	END IF;
+	COMMIT;
+	PERFORM credit_lease.lease_consume('stripe:20', 'images', 40000);
+	PERFORM credit_lease.lease_consume('stripe:20', 'images', 1);
+	ROLLBACK;
+	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'images', 1)) <> before - 50002 THEN
+		RAISE 'what was rolled back was remembered';
+	END IF;
+	BEGIN
+		PERFORM credit_lease.lease_consume('stripe:20', 'images', 40000);
+		PERFORM credit_lease.lease_consume('stripe:20', 'images', 1);
+		RAISE SQLSTATE 'P9999';
+	EXCEPTION WHEN SQLSTATE 'P9999' THEN
+	END;
+	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'images', 1)) <> before - 50003 THEN
+		RAISE 'what was rolled back to a savepoint was remembered';
+	END IF;
+END
+$$;
+-- nor of another stripe: of its own no session has enough for the last call
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:20', 'other', 4000);
+SELECT lease_stripe('stripe:20', 'other', 4);
+DO $$
+BEGIN
+	PERFORM credit_lease.lease_consume('stripe:20', 'other', 900);
+	COMMIT;
+	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'other', 10)) <> 3090 THEN
+		RAISE 'what others than another stripe had was remembered';
+	END IF;
+END
+$$;
+-- a pool that is not striped any more, in an account that is
+SELECT lease_stripe('stripe:20', 'tokens', 1);
+BEGIN;
+SELECT applied FROM lease_consume('stripe:20', 'images', 1);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:20', 'tokens', 1);
+COMMIT;
+SELECT * FROM state('stripe:20');
+
+--
+-- What has ended is not spread, and what has expired covers whoever is short
+--
+SELECT lease_install('stripe:21', 'tokens', 'L', 5, '2030-01-01 12:10:00+00');
+SELECT trim_scale(amount) AS amount FROM lease_reserve('stripe:21', 'tokens', 2, '2 hours');
+SELECT lease_release('stripe:21', 'tokens');
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:21', 'tokens', 6, expires_at => '2030-01-01 12:05:00+00');
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:21', 'tokens', 8);
+SET credit_lease.mock_now = '2030-01-01 12:05:00+00';
+SELECT lease_stripe('stripe:21', 'tokens', 2);
+SELECT shares('stripe:21');
+SELECT trim_scale(amount) AS amount FROM lease_reserve('stripe:21', 'tokens', 4, '1 minute');
+SELECT trim_scale(granted) AS granted FROM lease_chunk_allocate('stripe:21', 'tokens', 2, 'w', '1 minute');
+SET credit_lease.mock_now = '2030-01-01 12:06:00+00';
+SELECT allowed, reason, credit, trim_scale(amount) AS amount FROM lease_check('stripe:21', 'stripe.any', 5);
+SELECT applied FROM lease_consume('stripe:21', 'tokens', 3);
+SELECT * FROM state('stripe:21');
+:noon
+
+--
+-- A call that goes on in a stripe that its transaction has locked looks no
+-- further than it has to, and no less far
+--
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:22', 'images', 8);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:22', 'tokens', 8, priority => 1);
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:22', 'tokens', 40, expires_at => '2030-01-01 14:00:00+00');
+SELECT lease_install('stripe:22', 'tokens', 'L', 40, '2030-01-01 12:10:00+00');
+SELECT lease_stripe('stripe:22', credit, 2) FROM (VALUES ('images'), ('tokens')) v (credit);
+SELECT lease_extend('stripe:22', 'tokens', 'L', 40, '2030-01-01 15:00:00+00');
+-- the second in burn order is the one that expires before the lease, whatever a stripe knows of that
+BEGIN;
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:22', 'tokens', 1);
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:22', 'tokens', 8);
+COMMIT;
+SELECT tranches FROM state('stripe:22') WHERE credit = 'tokens';
+-- a tranche expires within the transaction
+SELECT trim_scale(available) AS available FROM lease_topup('stripe:22', 'images', 20, priority => 1, expires_at => '2030-01-01 12:30:00+00');
+BEGIN;
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:22', 'images', 1);
+SET LOCAL credit_lease.mock_now = '2030-01-01 12:30:00+00';
+SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:22', 'images', 1);
+COMMIT;
+SELECT * FROM state('stripe:22');
+:noon
+
+--
 -- REPEATABLE READ, alone
 --
 SELECT trim_scale(available) AS available FROM lease_topup('stripe:18', 'tokens', 12);
@@ -682,7 +799,6 @@ SELECT v.change, v.stripe, t.* FROM (VALUES
 SELECT v.change, t.rule, t.difference FROM (VALUES
 	(1, 'remaining = remaining + 1, granted = granted + 1'),
 	(2, 'reserved = reserved + 1, consumed = consumed - 1'),
-	(3, 'priority = 1'),
 	(4, $$credit = 'images'$$),
 	(5, 'tranche_id = 0'),
 	(6, 'chunked = -1, remaining = remaining + 1'),
@@ -695,13 +811,12 @@ SELECT v.change, t.rule, t.difference FROM (VALUES
  ORDER BY v.n, t.rule COLLATE "C";
 SELECT v.n, t.rule, t.difference FROM (VALUES
 	(1, $$DELETE FROM credit_lease.tranche_stripe WHERE OWN$$),
-	(2, $$INSERT INTO credit_lease.tranche_stripe (account, credit, stripe, tranche_id, priority) VALUES ('stripe:19', 'tokens', 1, 0, 100)$$),
+	(2, $$INSERT INTO credit_lease.tranche_stripe (account, credit, stripe, tranche_id) VALUES ('stripe:19', 'tokens', 1, 0)$$),
 	(3, $$UPDATE credit_lease.tranche SET striped = striped + 1 WHERE account = 'stripe:19'$$),
 	(4, $$UPDATE credit_lease.tranche SET striped = striped + 1, granted = granted + 1 WHERE account = 'stripe:19'$$),
 	(5, $$UPDATE credit_lease.tranche SET striped = -1, remaining = 41 WHERE account = 'stripe:19'$$),
 	(6, $$UPDATE credit_lease.tranche SET open = false WHERE account = 'stripe:19'$$),
 	(7, $$UPDATE credit_lease.tranche SET released_at = '2030-01-01' WHERE account = 'stripe:19'$$),
-	(8, $$UPDATE credit_lease.tranche SET expires_at = '2030-02-01' WHERE account = 'stripe:19'$$),
 	(9, $$DELETE FROM credit_lease.stripe WHERE account = 'stripe:19' AND stripe = 1$$),
 	(10, $$UPDATE credit_lease.stripe SET stripe = 3 WHERE account = 'stripe:19' AND stripe = 2$$),
 	(11, $$UPDATE credit_lease.stripe SET frozen = true WHERE account = 'stripe:19' AND stripe = 1$$),
@@ -715,12 +830,74 @@ SELECT v.n, t.rule, t.difference FROM (VALUES
 SET statement_timeout = '3 s';
 SELECT code FROM tampered($$DELETE FROM credit_lease.stripe WHERE account = 'stripe:19'$$) LIMIT 1;
 RESET statement_timeout;
+-- a session that does not know the pool counts them
+\c -
+:begin :noon
+BEGIN;
+DELETE FROM credit_lease.stripe WHERE account = 'stripe:19' AND stripe = 1;
+SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:19', 'tokens', 1) $$);
+ROLLBACK;
 -- A hold that says that it has more than was held does not give it back.
 BEGIN;
 UPDATE reservation SET amount = 5, tranche_amounts = ARRAY[5] WHERE account = 'stripe:19';
 SELECT code FROM refusal(format($$ SELECT credit_lease.lease_cancel('stripe:19', %s) $$, :held));
 ROLLBACK;
+-- ... nor do several that say so together
+BEGIN;
+SELECT trim_scale(amount) AS amount FROM generate_series(2, 3) n, lease_reserve('stripe:19', 'tokens', n, '1 minute');
+UPDATE reservation SET amount = 6, tranche_amounts = ARRAY[6] WHERE account = 'stripe:19' AND amount < 4;
+SET LOCAL credit_lease.mock_now = '2030-01-01 12:30:00+00';
+SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:19', 'tokens', 36) $$);
+ROLLBACK;
+-- Nor does a call spend of a tranche that is not the sum of its rows.
+BEGIN;
+UPDATE tranche SET striped = striped + 1 WHERE account = 'stripe:19';
+SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:19', 'tokens', 30) $$);
+ROLLBACK;
+-- Nor does a call take of a row that something has changed which it set off itself.
+CREATE FUNCTION test.meddle() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	UPDATE credit_lease.tranche_stripe SET granted = granted - 1, remaining = remaining - 1
+	 WHERE account = 'stripe:19' AND (consumed = 0 OR TG_ARGV[0] = 'all');
+	RETURN NEW;
+END
+$$;
+BEGIN;
+CREATE TRIGGER meddle BEFORE INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION test.meddle('other');
+SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:19', 'tokens', 30) $$);
+ROLLBACK;
+BEGIN;
+CREATE TRIGGER meddle BEFORE INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION test.meddle('all');
+SELECT code FROM refusal($$ SELECT credit_lease.lease_consume('stripe:19', 'tokens', 1) $$);
+ROLLBACK;
+DROP FUNCTION test.meddle;
 SELECT * FROM state('stripe:19');
+
+-- What one transaction does to stripes, it does not take for what it has done before.
+SELECT available FROM (VALUES ('tokens'), ('images')) v (credit), lease_topup('stripe:40', v.credit, 100);
+BEGIN;
+SELECT lease_stripe('stripe:40', 'tokens', 4);
+SELECT available FROM lease_consume('stripe:40', 'tokens', 1);
+SELECT lease_stripe('stripe:40', 'tokens', 1), lease_stripe('stripe:40', 'images', 4);
+SELECT available FROM lease_consume('stripe:40', 'tokens', 10);
+COMMIT;
+SELECT available FROM lease_consume('stripe:40', 'tokens', 80);
+SELECT * FROM credit_lease.lease_verify('stripe:40');
+
+-- A refund to several tranches that are closed, of which the first finds another policy.
+DELETE FROM policy WHERE stripes IS NOT NULL;
+INSERT INTO policy (credit, stripes) VALUES ('stripe.refund', 4);
+SELECT available FROM generate_series(1, 3) n, lease_topup('stripe:41', 'stripe.refund', 5, priority => n);
+SELECT entry_id AS spent FROM lease_consume('stripe:41', 'stripe.refund', 10) \gset
+SELECT amount FROM lease_reserve('stripe:41', 'stripe.refund', 1, '1 minute');
+SET credit_lease.mock_now = '2030-01-02 00:00:00+00';
+SELECT credit_lease.lease_reclaim() > 0 AS reclaimed;
+SELECT open, remaining, striped FROM tranche WHERE account = 'stripe:41' ORDER BY priority;
+UPDATE policy SET stripes = 1 WHERE credit = 'stripe.refund';
+SELECT amount, available FROM lease_refund('stripe:41', :spent);
+SELECT open, remaining, striped FROM tranche WHERE account = 'stripe:41' ORDER BY priority;
+SELECT available FROM lease_consume('stripe:41', 'stripe.refund', 15);
+SELECT * FROM credit_lease.lease_verify('stripe:41');
 
 DROP FUNCTION test.tampered;
 DROP FUNCTION test.state;

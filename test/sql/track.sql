@@ -289,7 +289,7 @@ SELECT tranche_amounts FROM reservation WHERE account = 'track:12' AND reservati
 SELECT * FROM pg_temp.track('track:12', :cheap, 2);
 SELECT * FROM pg_temp.track('track:12', :dear, 4);
 SELECT server, lease_id, company_id, event, quantity FROM pg_temp.report WHERE account IN ('track:11', 'track:12');
--- two leases: to the first that has paid; one without a server is our own
+-- leases of two servers: each is told its part; one without a server is our own
 SELECT lease_install('track:13', 'tokens', 'L13a', 4, '2030-01-01 00:30:00+00', 'track_a'),
 	   lease_install('track:13', 'tokens', 'L13b', 4, '2030-01-01 00:40:00+00', 'track_b'),
 	   lease_install('track:13', 'tokens', 'L13c', 4, '2030-01-01 00:50:00+00');

@@ -40,6 +40,21 @@ SELECT * FROM refused($$ ALTER SERVER upstream OPTIONS (SET dialect 'secret') $$
 SELECT dialect, r.code FROM (VALUES ('"Schematic"'), (''), ('schematic,'), ('acme'), ('test.half'), ('test.acme.x'), ('nowhere.acme')) v (dialect),
 	LATERAL refusal(format('ALTER SERVER upstream OPTIONS (SET dialect %L)', dialect)) r;
 
+-- How it supplies pools, and is told of usage: where it does not say, its
+-- dialect does.
+CREATE SERVER mirrored FOREIGN DATA WRAPPER credit_lease OPTIONS (dialect 'metronome', url 'https://api.example.com');
+SELECT * FROM upstream WHERE server IN ('upstream', 'plain', 'mirrored') ORDER BY 1;
+ALTER SERVER mirrored OPTIONS (supply 'mirror', usage 'cumulative');
+ALTER SERVER plain OPTIONS (supply 'mirror', usage 'events');
+SELECT * FROM upstream WHERE server IN ('upstream', 'plain', 'mirrored') ORDER BY 1;
+SELECT * FROM refused($$ ALTER SERVER plain OPTIONS (SET supply 'secret') $$);
+SELECT * FROM refused($$ ALTER SERVER plain OPTIONS (SET usage '') $$);
+SELECT * FROM refused($$ ALTER SERVER mirrored OPTIONS (SET supply 'lease') $$);
+SELECT * FROM refused($$ ALTER SERVER plain OPTIONS (SET dialect 'schematic') $$);
+SELECT * FROM refused($$ CREATE USER MAPPING FOR PUBLIC SERVER plain OPTIONS (supply 'mirror', api_key_file '/secret') $$);
+ALTER SERVER plain OPTIONS (DROP supply, DROP usage);
+DROP SERVER mirrored;
+
 -- A key's file has an absolute path; that it is not there is seen later.
 SELECT path, r.code, r.message FROM (VALUES ('billing.key'), (''), ('./billing.key'), ('~/billing.key')) v (path),
 	LATERAL refusal(format('ALTER USER MAPPING FOR CURRENT_USER SERVER upstream OPTIONS (SET api_key_file %L)', path)) r;

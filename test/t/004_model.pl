@@ -2,7 +2,7 @@
 # of a plain model (test/perl/LeaseModel.pm): whatever the functions keep for
 # speed, they must do what the contract says.
 #
-# CREDIT_LEASE_MODEL_STEPS	how many steps, 4000 by default
+# CREDIT_LEASE_MODEL_STEPS	how many steps, 4800 by default
 # CREDIT_LEASE_MODEL_SEED	repeats a run that failed; the same steps need the
 #							same number of them or fewer
 
@@ -18,7 +18,7 @@ use PostgreSQL::Test::Utils;
 use LeaseModel;
 use LeaseTest;
 
-my $steps = $ENV{CREDIT_LEASE_MODEL_STEPS} || 4000;
+my $steps = $ENV{CREDIT_LEASE_MODEL_STEPS} || 4800;
 my $seed = $ENV{CREDIT_LEASE_MODEL_SEED} // int(rand(2**31));
 
 # Steps with the same accounts; then others, with amounts of another size.
@@ -36,7 +36,7 @@ my %metadata = (
 	nothing => [q('null')]);
 
 # Arguments in the contract's order, and the types of the result's columns:
-# amount, id, boolean, instant.
+# amount, id, boolean, instant, word.
 my %function = (
 	topup => [ [qw(account credit amount key expires_at priority metadata)], 'iiaab' ],
 	adjust => [ [qw(account credit amount reason key metadata)], 'iaab' ],
@@ -52,20 +52,31 @@ my %function = (
 	extend => [ [qw(account credit lease_id granted_total expires_at)], 'b' ],
 	release => [ [qw(account credit lease_id)], 'b' ],
 	freeze => [ [qw(account credit reason)], 'b' ],
-	unfreeze => [ [qw(account credit)], 'b' ]);
+	unfreeze => [ [qw(account credit)], 'b' ],
+	session_open => [ [qw(account credit session deposit ttl)], 'bwaaaaiw' ],
+	session_topup => [ [qw(account session amount)], 'bwaaaaiw' ],
+	session_authorize => [ [qw(account session cumulative)], 'bwaaaaiw' ],
+	session_charge => [ [qw(account session amount)], 'bwaaaaiw' ],
+	session_snapshot => [ [qw(account session next_amount)], 'bwaaaaiw' ],
+	session_reconcile => [ [qw(account session snapshot)], 'bwaaaaiw' ],
+	session_close => [ [qw(account session cumulative)], 'bwaaaaiw' ]);
+my @amounts = qw(amount min_amount add_amount granted granted_total deposit cumulative next_amount);
 my %type_of = (
-	(map { $_ => 'a' } qw(amount min_amount add_amount granted granted_total)),
+	(map { $_ => 'a' } @amounts),
 	(map { $_ => 'i' } qw(entry_id reservation_id priority)),
-	(map { $_ => 'text' } qw(account credit key reason overage lease_id)),
+	(map { $_ => 'text' } qw(account credit key reason overage lease_id session)),
 	server => 'name',
 	expires_at => 't',
 	ttl => 'interval',
-	metadata => 'metadata');
+	metadata => 'metadata',
+	snapshot => 'snapshot');
 
 # Which of them come how often.
 my %weight = (
 	topup => 9, adjust => 7, refund => 9, consume => 9, try_consume => 7, reserve => 11, try_reserve => 7,
 	settle => 12, cancel => 4, renew => 8, freeze => 2, unfreeze => 4, install => 5, extend => 8, release => 2,
+	session_open => 6, session_topup => 5, session_authorize => 7, session_charge => 8, session_snapshot => 2,
+	session_reconcile => 5, session_close => 4, ingest => 10,
 	again => 12, bad => 3, clock => 6, reclaim => 3, stripe => 3, begin => 4, look => 1);
 
 srand($seed);
@@ -74,9 +85,9 @@ my $session = LeaseTest::Session->new($node);
 my $world = LeaseModel->new(now => 0);
 my @nested;			# worlds to go back to, one for each BEGIN and SAVEPOINT
 my $transaction_left = 0;
-my ($exponent, @accounts, @made, $key_number, $stripes_change);
+my ($exponent, @accounts, @made, $key_number, $session_number, $stripes_change);
 my $next_epoch = 1;
-my @hot;			# an account, and a hold in it, on which the clock has just moved
+my @hot;			# an account, and a hold or a session in it, on which the clock has just moved
 my @log;			# the last calls
 my %seen;			# what happened how often
 
@@ -158,7 +169,26 @@ sub argument_text
 	return quoted($value) if $type eq 'text' || $type eq 'name';
 	return quoted(instant_text($value)) if $type eq 't';
 	return quoted($spelling ? "$value us" : sprintf('%.6f seconds', $value / $second)) if $type eq 'interval';
+	return snapshot_text($value, $spelling) if $type eq 'snapshot';
 	return $metadata{$value}[ $spelling % @{ $metadata{$value} } ];
+}
+
+sub snapshot_text
+{
+	my ($told, $spelling) = @_;
+	my %member = (deposit => 'deposit', accepted => 'accepted_cumulative', spent => 'spent');
+
+	return quoted('{"session": ' . json_string($told->{session})
+		  . join('', map { qq{, "$member{$_}": } . ($told->{$_} && amount_text($told->{$_}, $spelling)) } sort keys %member)
+		  . (defined $told->{units} ? qq{, "units": $told->{units}} : '') . '}');
+}
+
+# Returns a text as JSON.
+sub json_string
+{
+	my ($text) = @_;
+
+	return '"' . $text =~ s/(["\\])/\\$1/gr . '"';
 }
 
 # The SQL of a call; arguments are left out now and then where NULL, or their
@@ -175,11 +205,53 @@ sub call_text
 	{
 		my $text = $given{$name} // argument_text($name, $call->{$name}, $spelling);
 
-		next if $text eq 'NULL' && ($spelling || $name eq 'overage' || $name eq 'add_amount') && !$given{$name};
+		next if $text eq 'NULL' && ($spelling || $name =~ /^(overage|add_amount|next_amount)$/) && !$given{$name};
 		push @texts, ($name eq 'key' ? 'idempotency_key' : $name) . " => $text";
 	}
 	my $list = join ', ', @texts;
 	return "SELECT " . ($columns eq 'b' ? 'r' : 'r.*') . " FROM lease_$call->{function}($list) AS r";
+}
+
+# The SQL of a batch of events, as arrays or as jsonb.
+sub batch_text
+{
+	my ($batch) = @_;
+	my @events = @{ $batch->{events} };
+	my $field = sub {
+		my ($event, $name) = @_;
+
+		return ($event->{given} // {})->{$name} // argument_text($name, $event->{$name}, $event->{spelling});
+	};
+	my @arguments;
+
+	if ($batch->{json})
+	{
+		for my $event (@events)
+		{
+			my %member = (
+				credit => json_string($event->{credit}),
+				account => json_string($event->{account}),
+				amount => $field->($event, 'amount'));
+
+			$member{ $event->{spelling} ? 'key' : 'idempotency_key' } = json_string($event->{key}) if defined $event->{key};
+			$member{metadata} = $field->($event, 'metadata') =~ s/^'|'$//gr if defined $event->{metadata};
+			push @arguments, '{' . join(', ', map { qq{"$_": $member{$_}} } sort keys %member) . '}';
+		}
+		@arguments = quoted('[' . join(', ', @arguments) . ']');
+	}
+	else
+	{
+		my %column = (account => 'text', credit => 'text', amount => 'numeric', key => 'text', metadata => 'jsonb');
+
+		for my $name (qw(account credit amount key metadata))
+		{
+			next if $name =~ /key|metadata/ && !grep { defined $_->{$name} } @events;
+			push @arguments, ($name eq 'key' ? 'idempotency_key' : $name) . ' => ARRAY['
+			  . join(', ', map { $field->($_, $name) } @events) . "]::$column{$name}\[]";
+		}
+	}
+	push @arguments, "on_short => '$batch->{on_short}'" if $batch->{on_short};
+	return 'SELECT r.* FROM lease_ingest(' . join(', ', @arguments) . ') AS r';
 }
 
 # The columns of an answer as the model has them.
@@ -223,7 +295,7 @@ sub start_epoch
 	$next_epoch = $number + $steps_of_epoch;
 	@made = ();
 	@hot = ();
-	$key_number = 0;
+	$key_number = $session_number = 0;
 	return;
 }
 
@@ -300,6 +372,43 @@ sub any_lease
 	return "lease '" . int(rand(30));
 }
 
+# Returns the sessions of an account that have not ended, by the clock.
+sub live_sessions
+{
+	my ($account) = @_;
+
+	return grep { $_->{status} eq 'open' && $_->{expires_at} > $world->{now} }
+	  map { $account->{session}{$_} } sort keys %{ $account->{session} };
+}
+
+# Returns the name of a session of the account, or of none.
+sub any_session
+{
+	my ($account) = @_;
+	my @live = map { $_->{name} } live_sessions($account);
+	my @all = sort keys %{ $account->{session} };
+
+	return $hot[1] if @hot && $account->{session}{ $hot[1] } && chance(50);
+	return pick(@live) if @live && chance(85);
+	return pick(@all) if @all && chance(90);
+	return 'nobody\'s "session" \\';
+}
+
+# Returns what another side may know of a session: often more than there is here.
+sub any_snapshot
+{
+	my ($name, $session_name) = @_;
+	my $session = $world->account($name)->{session}{$session_name};
+	my %here = $session ? %$session : (deposit => 0, accepted => 0, spent => 0, units => 0);
+	my %told = (session => $session_name, units => pick(undef, $here{units}, $here{units} + 2, 0));
+	my $more = $session ? $world->available($name, $session->{credit}) : 0;
+
+	$told{deposit} = max(1, chance(40) ? $here{deposit} + near($more) : $here{deposit} - pick(0, 0, 1));
+	$told{accepted} = chance(60) ? $here{accepted} : near($told{deposit});
+	$told{spent} = chance(50) ? $here{spent} : near($told{accepted});
+	return \%told;
+}
+
 sub any_entry
 {
 	my ($account) = @_;
@@ -336,6 +445,13 @@ sub any_call
 	{
 		$name = pick($name, grep { live_leases($world->account($_)) } @accounts);
 	}
+	elsif ($function =~ /^session_(?!open)/ && chance(85))
+	{
+		$name = pick(grep { live_sessions($world->account($_)) } @accounts) // $name
+		  if !live_sessions($world->account($name));
+		$function = 'session_open' if !live_sessions($world->account($name));
+		%has = map { $_ => 1 } @{ $function{$function}[0] };
+	}
 	elsif ($function eq 'unfreeze' && chance(70))
 	{
 		$name = pick($name, grep { %{ $world->account($_)->{frozen} } } @accounts);
@@ -345,7 +461,7 @@ sub any_call
 
 	$call{credit} = pick(@credits) if $has{credit};
 	$call{credit} = pick(grep { $world->available($name, $_) > 0 } @credits) // $call{credit}
-	  if $function =~ /consume|reserve/ && chance(80);
+	  if $function =~ /consume|reserve|open/ && chance(80);
 	$call{credit} = undef if $function =~ /freeze/ && chance($function eq 'freeze' ? 30 : 60);
 	$call{metadata} = pick(sort keys %metadata) if $has{metadata} && chance(15);
 	$call{reason} = 'because' if $function eq 'adjust' || ($has{reason} && chance(20));
@@ -355,6 +471,9 @@ sub any_call
 		$call{credit} = pick(map { $_->{credit} } live_leases($account)) // $call{credit} if chance(80);
 		$call{lease_id} = any_lease($account, $call{credit});
 	}
+	$call{session} = $function eq 'session_open' && chance(85) ? q(s') . ++$session_number : any_session($account)
+	  if $has{session};
+	my $session = $has{session} ? $account->{session}{ $call{session} } : undef;
 	add_key(\%call) if $has{key};
 	my $available = defined $call{credit} ? $world->available($name, $call{credit}) : 0;
 
@@ -382,6 +501,38 @@ sub any_call
 	elsif ($function =~ /consume/)
 	{
 		$call{amount} = near($available);
+	}
+	elsif ($function eq 'session_open')
+	{
+		$call{deposit} = $session && chance(70) ? $session->{opened} : near($available);
+		$call{credit} = $session->{credit} if $session && chance(80);
+		$call{ttl} = pick(any_ttl(), map { $_ * 3600 * $second } 1, 24);
+	}
+	elsif ($function eq 'session_topup')
+	{
+		$call{amount} = near($session ? $world->available($name, $session->{credit}) : 0);
+	}
+	elsif ($function eq 'session_authorize')
+	{
+		$call{cumulative} = $session && chance(70)
+		  ? $session->{accepted} + near($session->{deposit} - $session->{accepted})
+		  : pick(0, near($session ? $session->{deposit} : 0));
+	}
+	elsif ($function =~ /session_(charge|snapshot)/)
+	{
+		my $amount = near($session ? $session->{accepted} - $session->{spent} : 0);
+
+		if ($1 eq 'charge') { $call{amount} = $amount }
+		elsif (chance(50)) { $call{next_amount} = pick(0, $amount) }
+	}
+	elsif ($function eq 'session_reconcile')
+	{
+		$call{snapshot} = any_snapshot($name, $call{session});
+	}
+	elsif ($function eq 'session_close' && chance(60))
+	{
+		$call{cumulative} = !$session || chance(20) ? near(0)
+		  : $session->{spent} + (chance(20) ? 0 : near($session->{deposit} - $session->{spent}));
 	}
 	elsif ($function =~ /reserve/)
 	{
@@ -427,6 +578,33 @@ sub any_call
 	return \%call;
 }
 
+# Returns events, of any accounts and of one that may not be there, with some
+# that come again, or came before as calls.
+sub any_batch
+{
+	my %batch = (json => chance(50), on_short => pick(undef, 'refuse', 'charge'));
+	my @events;
+
+	for (1 .. pick(1, 2, 3, 5, 8))
+	{
+		my $event = any_call('consume');
+
+		if (chance(30))
+		{
+			my @again = grep { defined $_->{key} && $_->{function} =~ /consume|event/ } chance(50) ? @events : @made;
+
+			$event = { %{ pick(@again) }, spelling => int(rand(2)) } if @again;
+			$event->{amount}++ if chance(15);
+			$event->{metadata} = 'a' if chance(10);
+		}
+		elsif (chance(8)) { $event->{account} = "$next_epoch/somebody \\ " . int(rand(20)) }
+		delete $event->{metadata} if ($event->{metadata} // '') eq 'nothing' && $batch{json};
+		push @events, { %$event, function => 'event', ordinal => @events + 1, charge => ($batch{on_short} // '') eq 'charge' };
+	}
+	pick(@events)->{given} = { amount => pick('0', '-1', '0.0000000000001', '1' . '0' x 26) } if chance(5);
+	return { %batch, events => \@events };
+}
+
 # Returns when the tranches of an account expire that have not.
 sub expiries
 {
@@ -439,7 +617,7 @@ sub expiries
 # Returns an earlier call once more, as it was or with something changed.
 sub same_call
 {
-	my @again = grep { defined $_->{key} || $_->{function} =~ /settle|cancel|renew|install|extend|release/ } @made;
+	my @again = grep { defined $_->{key} || $_->{function} =~ /settle|cancel|renew|install|extend|release|session/ } @made;
 
 	return any_call('consume') if !@again;
 	splice @again, 0, -25 if @again > 25 && chance(60);
@@ -449,7 +627,7 @@ sub same_call
 	my ($arguments) = @{ $function{ $call{function} } };
 	my $name = pick(grep { !/account|key|entry_id|reservation_id/ } @$arguments, 'function');
 	my $type = $type_of{ $name // '' } // '';
-	if (defined $name && $name =~ /^granted/) { $call{$name}++ }
+	if (defined $name && $name =~ /^(granted|deposit|cumulative|next_amount)/) { $call{$name}++ }
 	elsif (!defined $name || $type eq 'a')
 	{
 		$call{amount} = ($call{amount} // 1) + ($call{amount} && $call{amount} < 0 ? -1 : 1);
@@ -503,12 +681,15 @@ sub bad_call
 
 		push @texts, "'NaN'", "'Infinity'", "'-Infinity'", '0.0000000000001', '1' . '0' x 26 if $type eq 'a';
 		push @texts, '-1', '-0.000000000001' if $type eq 'a' && $call->{function} ne 'adjust';
-		push @texts, '0' if $name =~ /^(min_amount|granted|granted_total)$/ || ($name eq 'amount' && $call->{function} ne 'settle');
+		push @texts, '0' if $name =~ /^(min_amount|granted|granted_total|deposit)$/ || ($name eq 'amount' && $call->{function} ne 'settle');
 		push @texts, "''", "repeat('x', 513)" if $type eq 'text';
 		push @texts, "'0'", "'-1 second'", "'11 years'", "'1 month -31 days'" if $type eq 'interval';
 		push @texts, "'Charge'", "'x'" if $name eq 'overage';
+		push @texts, "'[]'", "'{}'" if $name eq 'snapshot';
 		push @texts, 'NULL'
 		  if $name =~ /^(account|overage|priority|add_amount|granted|granted_total|entry_id|reservation_id)$/
+		  || $name =~ /^(session|deposit|next_amount|snapshot)$/
+		  || ($name eq 'cumulative' && $call->{function} ne 'session_close')
 		  || ($name eq 'lease_id' && $call->{function} ne 'release')
 		  || ($name eq 'reason' && $call->{function} eq 'adjust')
 		  || ($name eq 'credit' && $call->{function} !~ /freeze/)
@@ -526,7 +707,7 @@ sub bad_call
 # ---------------------------------------------------------------------------
 
 # What is compared after each step, of one account: lease_balance(), tranches,
-# holds, and the ledger after some entry. Each row begins with a letter.
+# holds, sessions, and the ledger after some entry. Each row begins with a letter.
 my @state = (
 	[
 		"'B', credit, available, reserved, chunked, consumed, expired, granted, " . instant_sql('next_expiry'),
@@ -541,6 +722,11 @@ my @state = (
 		"'H', reservation_id, status, amount, " . instant_sql('expires_at')
 		  . ", array_to_string(tranche_ids, ','), array_to_string(tranche_amounts, ','), credit",
 		'reservation WHERE account = $1'
+	],
+	[
+		"'C', session, credit, chunk_id, units, " . instant_sql('expires_at') . ", status, granted, remaining, consumed,"
+		  . " returned, accepted, deposited, array_to_string(tranche_ids, ','), array_to_string(tranche_amounts, ',')",
+		'chunk WHERE account = $1'
 	],
 	[
 		"'L', entry_id, kind, credit, amount, available, tranche_id, reservation_id, idempotency_key, "
@@ -580,7 +766,7 @@ sub same
 sub parse_state
 {
 	my ($text) = @_;
-	my %state = map { $_ => [] } qw(B T S H L);
+	my %state = map { $_ => [] } qw(B T S H C L);
 
 	for my $line (split /\n/, $text)
 	{
@@ -598,7 +784,7 @@ sub compare_account
 	my $swept = %{ kept($state) } ? $world->copy : $world;
 	my @balance = $swept->balance($name);
 	my $account = $swept->account($name);
-	my (@why, %lapsed);
+	my (@why, %change);
 
 	# lease_balance()
 	my @found = sort map { shown([ $_->[0], (map { amount_parse($_) } @$_[ 1 .. 6 ]), $_->[7] ]) } @{ $state->{B} };
@@ -619,13 +805,56 @@ sub compare_account
 		if ($status eq 'held' && $expires_at <= $world->{now})
 		{
 			$status = 'expired';
-			$lapsed{ $ids[$_] } += $amounts[$_] for 0 .. $#ids;
+			$change{ $ids[$_] }{reserved} -= $amounts[$_], $change{ $ids[$_] }{remaining} += $amounts[$_] for 0 .. $#ids;
 		}
 		my @is = ($status, $amount, $expires_at, sort map { "$ids[$_]:$amounts[$_]" } 0 .. $#ids);
 		my @ought = (
 			@$hold{qw(status amount expires_at)},
 			sort map { "$_:$hold->{part}{$_}" } keys %{ $hold->{part} });
 		push @why, "hold $id: found " . shown(\@is) . ', expected ' . shown(\@ought) if !same(\@is, \@ought);
+	}
+
+	# sessions, likewise
+	my %session = map { $_->[0] => $_ } @{ $state->{C} };
+	for my $name (sort keys %{ { %session, %{ $account->{session} } } })
+	{
+		my ($row, $session) = ($session{$name}, $account->{session}{$name});
+
+		push(@why, "session $name exists on one side only"), next if !$row || !$session;
+		my ($credit, $id, $units, $expires_at, $status, @amounts) = @$row[ 1 .. 11 ];
+		my ($deposit, $remaining, $spent, $returned, $accepted, $opened) = map { amount_parse($_) } @amounts;
+		my @ids = split /,/, $row->[12];
+		my @parts = map { amount_parse($_) } split /,/, $row->[13];
+		my $rest = $spent;
+		my (%paid, %left);
+
+		for my $i (0 .. $#ids)
+		{
+			my $part = min($rest, $parts[$i]);
+
+			$rest -= $part;
+			$paid{ $ids[$i] } += $part;
+			$left{ $ids[$i] } += $parts[$i] - $part;
+		}
+		$status = { live => 'open', expired => 'expired', released => 'closed' }->{$status};
+		if ($status eq 'open' && $expires_at <= $world->{now})
+		{
+			$status = 'expired';
+			($remaining, $returned) = (0, $remaining);
+			for my $id (keys %paid)
+			{
+				$change{$id}{chunked} -= $paid{$id} + $left{$id};
+				$change{$id}{consumed} += $paid{$id};
+				$change{$id}{remaining} += $left{$id};
+			}
+		}
+		my $unspent = $session->{deposit} - $session->{spent};
+		my @is = ($credit, $id, $status, $units, $expires_at, $opened, $deposit, $accepted, $spent, $remaining, $returned,
+			map { "$_:$paid{$_}:$left{$_}" } sort keys %paid);
+		my @ought = (@$session{qw(credit id status units expires_at opened deposit accepted spent)},
+			$session->{status} eq 'open' ? ($unspent, 0) : (0, $unspent),
+			map { "$_:$session->{paid}{$_}:$session->{left}{$_}" } sort keys %{ $session->{paid} });
+		push @why, "session $name: found " . shown(\@is) . ', expected ' . shown(\@ought) if !same(\@is, \@ought);
 	}
 
 	# the terms of rule 2, as they are once everything has been swept
@@ -638,14 +867,12 @@ sub compare_account
 		my %is;
 		@is{qw(granted remaining reserved chunked consumed expired returned revoked)} =
 		  map { amount_parse($_) } @$row[ 2 .. 9 ];
-		$is{reserved} -= $lapsed{$id} // 0;
-		$is{remaining} += $lapsed{$id} // 0;
+		$is{$_} += $change{$id}{$_} for keys %{ $change{$id} // {} };
 		@is{qw(returned remaining)} = ($is{returned} + $is{remaining}, 0) if $tranche->{released};
 		@is{qw(expired remaining)} = ($is{expired} + $is{remaining}, 0)
 		  if defined $tranche->{expires_at} && $tranche->{expires_at} <= $world->{now};
-		my %ought = (chunked => 0, %$tranche);
 		my @is = ($row->[0], @is{ sort keys %is });
-		my @ought = ($tranche->{credit}, @ought{ sort keys %is });
+		my @ought = @$tranche{ 'credit', sort keys %is };
 		push @why, "tranche $id: found " . shown(\@is) . ', expected ' . shown(\@ought) if !same(\@is, \@ought);
 	}
 	return @why;
@@ -665,27 +892,37 @@ sub split_entries
 		$entry{$_} = amount_parse($entry{$_}) for qw(amount available);
 
 		push @why, "entry $entry{entry_id} is of the time $entry{created_at}" if $entry{created_at} != $world->{now};
-		push @{ $got->{ $entry{kind} eq 'expire' ? 'swept' : 'entries' } }, \%entry;
+		push @{ $got->{ $entry{kind} =~ /expire$/ ? 'swept' : 'entries' } }, \%entry;
 	}
 	return @why;
 }
 
-# Returns the expired holds that nobody has given back yet. A call that says what
-# is available may leave none of its own pool, unless that is striped.
+# Returns the expired holds and sessions that nobody has given back yet. A call
+# that says what is available may leave no hold of its own pool, unless that is
+# striped.
 sub kept
 {
 	my ($state, @told) = @_;
-	my %striped = map { $_->[0] => 1 } @{ $state->{S} };
-	my %told = map { $_ => 1 } @told;
+	my $told = exactly_told($state, @told);
 
 	return {
 		map { $_->[0] => 1 }
-		  grep { $_->[1] eq 'held' && $_->[3] <= $world->{now} && ($striped{ $_->[6] } || !$told{ $_->[6] }) }
-		  @{ $state->{H} }
+		  (grep { $_->[1] eq 'held' && $_->[3] <= $world->{now} && !$told->{ $_->[6] } } @{ $state->{H} }),
+		  grep { $_->[5] eq 'live' && $_->[4] <= $world->{now} } @{ $state->{C} }
 	};
 }
 
-# Whether what was swept had expired: a part of a hold, or the rest of a tranche.
+# Returns those of the credits that a call has told of which are not striped.
+sub exactly_told
+{
+	my ($state, @told) = @_;
+	my %striped = map { $_->[0] => 1 } @{ $state->{S} };
+
+	return { map { $_ => 1 } grep { !$striped{$_} } @told };
+}
+
+# Whether what was swept had expired: a part of a hold or of a session, or the
+# rest of a tranche.
 sub check_swept
 {
 	my ($name, $got) = @_;
@@ -694,20 +931,24 @@ sub check_swept
 
 	for my $entry (@{ $got->{swept} })
 	{
+		my $of_session = $entry->{kind} eq 'session_expire';
 		my $hold = $account->{hold}{ $entry->{reservation_id} // 0 };
+		my ($session) = grep { $of_session && $_->{id} == $entry->{reservation_id} } values %{ $account->{session} };
 		my $tranche = $account->{tranche}{ $entry->{tranche_id} };
 		my $of_tranche = !defined $entry->{reservation_id};
 		my $right =
 			 $tranche
 		  && $tranche->{credit} eq $entry->{credit}
-		  && $entry->{amount} > 0
+		  && ($entry->{amount} > 0 || $of_session)
 		  && !defined $entry->{key};
 
 		$right &&= defined $tranche->{expires_at} && $tranche->{expires_at} <= $world->{now} if $of_tranche;
 		$right &&= $hold && $hold->{status} eq 'expired' && $hold->{part}{ $tranche->{id} } == $entry->{amount}
-		  if !$of_tranche;
+		  if !$of_tranche && !$of_session;
+		$right &&= $session && $session->{status} eq 'expired' && $session->{paid}{ $tranche->{id} } == $entry->{amount}
+		  if $of_session;
 		push @why, "entry $entry->{entry_id} swept what had not expired" if !$right;
-		$account->{call}{ $entry->{entry_id} } = { parts => [] };
+		$account->{call}{ $entry->{entry_id} } = { parts => [], of_session => $of_session };
 	}
 	return @why;
 }
@@ -749,6 +990,15 @@ sub ask
 	return @answer;
 }
 
+# Returns whether an amount has more than 26 digits before the point; none may.
+sub is_too_big
+{
+	my ($call) = @_;
+	my $told = $call->{snapshot} // {};
+
+	return grep { abs($_ // 0) >= 10**min(26 - $exponent, 18) } @$call{@amounts}, @$told{qw(deposit accepted spent)};
+}
+
 # Makes a call, in the database and in the model, and compares all there is.
 sub do_call
 {
@@ -757,9 +1007,7 @@ sub do_call
 	my $account = $world->account($name);
 	my $sql = call_text($call);
 
-	# no amount of more than 26 digits before the point, whatever there is
-	$call->{bad} = 1
-	  if grep { abs($call->{$_} // 0) >= 10**min(26 - $exponent, 18) } qw(amount min_amount add_amount granted granted_total);
+	$call->{bad} = 1 if is_too_big($call);
 
 	my %got = (entries => [], swept => [], row => []);
 	my @why;
@@ -774,9 +1022,10 @@ sub do_call
 	my $state = parse_state($text);
 	$got{row} = parse_row($answer, $function{ $call->{function} }[1]) if $sqlstate eq '00000';
 	push @why, split_entries($state, \%got);
-	$got{kept} = kept($state, (map { $_->{credit} } @{ $got{entries} }), $call->{function} =~ /^try/ ? $call->{credit} : ());
+	$got{kept} = kept($state, (map { $_->{credit} } grep { $_->{kind} ne 'session_charge' } @{ $got{entries} }),
+		$call->{function} =~ /^try/ ? $call->{credit} : ());
 	my $expected = $world->call($call, \%got);
-	$account->{last_entry} = max($account->{last_entry}, map { $_->[0] } @{ $state->{L} });
+	note_entries($name, $state);
 
 	if ($expected->{error})
 	{
@@ -803,6 +1052,70 @@ sub do_call
 	return;
 }
 
+# Ingests a batch, and compares what comes of each event, and all its accounts.
+sub do_ingest
+{
+	my ($step, $batch) = @_;
+	my $sql = batch_text($batch);
+	my %bad = map { $_->{ordinal} => 1 } grep { $_->{given} || is_too_big($_) } @{ $batch->{events} };
+
+	note_call($step, $sql);
+	my ($out, $sqlstate) = ask($step, $sql);
+	$log[-1] .= " -- $sqlstate " . $out =~ tr/\n/,/r;
+	my @rows = map { parse_row($_, 'ibbwa') } split /\n/, $out;
+	my @why;
+
+	push @why, "found $sqlstate, expected " . (%bad ? '22023' : '00000') if $sqlstate ne (%bad ? '22023' : '00000');
+	push @why, 'found ' . @rows . ' rows, expected ' . @{ $batch->{events} } if !%bad && @rows != @{ $batch->{events} };
+	fail_step($step, @why, $session->messages) if @why;
+
+	my (%state, %got);
+	for my $name (map { $_->{account} } @{ $batch->{events} })
+	{
+		$state{$name} //= state_of($step, $name);
+		next if $got{$name};
+		$got{$name} = { entries => [], swept => [] };
+		push @why, split_entries($state{$name}, $got{$name});
+	}
+
+	# numbers of entries rise from account to account
+	for my $name (sort { first_entry($got{$a}) <=> first_entry($got{$b}) } keys %got)
+	{
+		my ($state, $got) = ($state{$name}, $got{$name});
+		my @events = grep { $_->{account} eq $name } @{ $batch->{events} };
+		my @told = map { $_->{credit} } @events;
+		my $lapsed = $world->lapsed($name, %{ exactly_told($state, @told) });
+
+		for my $event (%bad ? () : @events)
+		{
+			my %part = (row => $rows[ $event->{ordinal} - 1 ], entries => $got->{entries}, kept => $lapsed);
+			my $expected = $world->call($event, \%part)->{row};
+
+			$part{entries} = [ splice @{ $got->{entries} }, 0, scalar @{ $part{expected} } ];
+			push @why, "event $event->{ordinal}: found " . shown($part{row}) . ', expected ' . shown($expected)
+			  if !same($part{row}, $expected);
+			push @why, map { "event $event->{ordinal}: $_" } compare_entries($event, \%part);
+			$seen{ 'ingest ' . ($expected->[3] // 'done') }++;
+			push @made, { (map { $_ => $event->{$_} } qw(account credit amount key metadata)), function => 'consume' };
+		}
+		push @why, "$name: entries of no event" if @{ $got->{entries} };
+		push @why, "$name: a refused call wrote entries" if %bad && @{ $got->{swept} };
+		$world->sweep($name, kept($state, %bad ? () : @told));
+		note_entries($name, $state);
+		push @why, check_swept($name, $got), map { "$name: $_" } compare_account($name, $state);
+	}
+	$seen{'ingest 22023'}++ if %bad;
+	fail_step($step, @why, $session->messages) if @why;
+	return;
+}
+
+sub first_entry
+{
+	my ($got) = @_;
+
+	return @{ $got->{entries} } ? $got->{entries}[0]{entry_id} : 0;
+}
+
 # Runs what must not fail and returns its output; logs what changes something.
 sub say_sql
 {
@@ -825,11 +1138,12 @@ sub do_clock
 	{
 		my $account = $world->account($name);
 		my @held = grep { $_->{status} eq 'held' } values %{ $account->{hold} };
+		my @open = grep { $_->{status} eq 'open' } values %{ $account->{session} };
 
-		push @expiry, map { [ $_->{expires_at}, $name, $_->{part} ? $_->{id} : 0 ] }
-		  grep { ($_->{expires_at} // 0) > $world->{now} + 1 } values %{ $account->{tranche} }, @held;
+		push @expiry, map { [ $_->{expires_at}, $name, $_->{name} // ($_->{part} ? $_->{id} : 0) ] }
+		  grep { ($_->{expires_at} // 0) > $world->{now} + 1 } values %{ $account->{tranche} }, @held, @open;
 	}
-	@expiry = sort { $a->[0] <=> $b->[0] || $a->[2] <=> $b->[2] } @expiry;
+	@expiry = sort { $a->[0] <=> $b->[0] || $a->[2] cmp $b->[2] } @expiry;
 	@hot = ();
 	if (@expiry && chance(70))
 	{
@@ -847,14 +1161,15 @@ sub do_clock
 	return;
 }
 
-# lease_reclaim() is of all accounts. How many holds are left for it depends on
-# what the calls before have given back on their way.
+# lease_reclaim() is of all accounts. How many holds and sessions are left for it
+# depends on what the calls before have given back on their way.
 sub do_reclaim
 {
 	my ($step) = @_;
 	my $max = chance(50) ? undef : pick(1, 1, 2, 5);
 	my $now = quoted(instant_text($world->{now}));
-	my $holds = "SELECT count(*) FROM reservation WHERE status = 'held' AND expires_at <= $now";
+	my $holds = "SELECT (SELECT count(*) FROM reservation WHERE status = 'held' AND expires_at <= $now)"
+	  . " + (SELECT count(*) FROM chunk WHERE status = 'live' AND expires_at <= $now)";
 	my $tranches = "SELECT count(*) FROM tranche WHERE remaining <> 0 AND expires_at <= $now";
 	my $reclaim = 'SELECT lease_reclaim(' . ($max // '') . ')';
 	my ($before, $swept, @left) = split /\n/, say_sql($step, "$holds; $reclaim; $holds; $tranches");
@@ -913,17 +1228,33 @@ sub do_end
 	return;
 }
 
+sub state_of
+{
+	my ($step, $name) = @_;
+
+	return parse_state(say_sql($step, 'EXECUTE state(' . quoted($name) . ', ' . $world->account($name)->{last_entry} . ')'));
+}
+
+# Notes that the entries of a state have been seen.
+sub note_entries
+{
+	my ($name, $state) = @_;
+	my $account = $world->account($name);
+
+	$account->{last_entry} = max($account->{last_entry}, map { $_->[0] } @{ $state->{L} });
+	return;
+}
+
 # Compares an account outside a call: nothing but a sweep has touched it.
 sub look_at_account
 {
 	my ($step, $name) = @_;
-	my $account = $world->account($name);
-	my $state = parse_state(say_sql($step, 'EXECUTE state(' . quoted($name) . ", $account->{last_entry})"));
+	my $state = state_of($step, $name);
 	my %got = (entries => [], swept => []);
 	my @why = split_entries($state, \%got);
 
 	$world->sweep($name, kept($state));
-	$account->{last_entry} = max($account->{last_entry}, map { $_->[0] } @{ $state->{L} });
+	note_entries($name, $state);
 	push @why, 'entries of nobody' if @{ $got{entries} };
 	push @why, check_swept($name, \%got), compare_account($name, $state);
 	fail_step($step, @why) if @why;
@@ -944,7 +1275,8 @@ sub look_at_views
 {
 	my ($step, $name) = @_;
 	my $swept = $world->copy;
-	$swept->sweep($name, {});
+	# an expired session is out of its tranches until somebody gives it back
+	$swept->sweep($name, $swept->lapsed($name, map { $_ => 1 } @credits));
 	my $account = $swept->account($name);
 	my @holds = map { $account->{hold}{$_} } sort { $a <=> $b } keys %{ $account->{hold} };
 	my @tranches = map { $account->{tranche}{$_} } sort { $a <=> $b } keys %{ $account->{tranche} };
@@ -967,8 +1299,10 @@ sub look_at_views
 	# an expired hold may still be reserved here, until somebody gives it back
 	my $rest = say_sql($step, "SELECT tranche_id, remaining + reserved FROM open_lease $where ORDER BY 1");
 	$compare->('open_lease', join("\n", map { s/\|(.*)/'|' . amount_parse($1)/er } split /\n/, $rest),
-		map { "$_->{id}|" . ($_->{remaining} + $_->{reserved}) }
-		grep { ($_->{remaining} + $_->{reserved} > 0 || defined $_->{lease_id}) && $world->_alive($_) } @tranches);
+		map { "$_->[0]|$_->[1]" } sort { $a->[0] <=> $b->[0] }
+		(map { [ $_->{id}, $_->{deposit} - $_->{spent} ] } live_sessions($account)),
+		map { [ $_->{id}, $_->{remaining} + $_->{reserved} ] }
+		grep { ($_->{remaining} + $_->{reserved} + $_->{chunked} > 0 || defined $_->{lease_id}) && $world->_alive($_) } @tranches);
 
 	for my $credit (@credits)
 	{
@@ -976,7 +1310,8 @@ sub look_at_views
 		my $consumed = say_sql($step, "SELECT coalesce(sum(consumed), 0) FROM usage_by_day $pool");
 
 		$compare->('usage_by_day', amount_parse($consumed),
-			sum0 map { $_->{consumed} } grep { $_->{credit} eq $credit } @tranches);
+			sum0((map { $_->{consumed} } grep { $_->{credit} eq $credit } @tranches),
+				map { $_->{spent} } LeaseModel::open_sessions($account, $credit)));
 		$compare->('lease_balance() of a pool',
 			say_sql($step, 'SELECT * FROM lease_balance(' . quoted($name) . ', ' . quoted($credit) . ')'),
 			say_sql($step, "SELECT * FROM balance $pool"));
@@ -1023,6 +1358,7 @@ for my $step (1 .. $steps)
 	elsif ($what eq 'begin') { do_end($step) }
 	elsif ($what eq 'again') { do_call($step, same_call()) }
 	elsif ($what eq 'bad') { do_call($step, bad_call()) }
+	elsif ($what eq 'ingest') { do_ingest($step, any_batch()) }
 	else { do_call($step, any_call($what)) }
 
 	do_look($step) if $step % $steps_between_verify == 0;

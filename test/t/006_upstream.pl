@@ -272,6 +272,17 @@ is(sql("SELECT status FROM lease_chunk_release('acct:chunk', $chunk, 'worker');"
 becomes($node, q{SELECT count(*) = 0 FROM credit_lease.upstream_request WHERE account = 'acct:chunk'}, 'then it does');
 ($lease) = $upstream->leases('acct:chunk');
 is("$lease->{state} $lease->{used} $lease->{released}", 'released 18 82', 'and has been told what was spent of the chunk');
+
+# a session of a pool that is empty waits for a lease, as what is added to it does; it is reported when it ends
+account('acct:session', 1000);
+is(sql("SELECT deposit, status FROM lease_session_open('acct:session', 'tokens', 's', 90, '1 hour');"), '90|open',
+	'a session waits for credit');
+is(sql("SELECT deposit FROM lease_session_topup('acct:session', 's', 60);"), '150', 'and for more of it');
+sql("SELECT lease_session_authorize('acct:session', 's', 30); SELECT lease_session_charge('acct:session', 's', 25);");
+is(sql("SELECT spent FROM lease_session_close('acct:session', 's', 30);"), '30', 'it is charged and closed');
+becomes($node, q{SELECT sum(u.consumed) = 30 AND NOT EXISTS (SELECT FROM credit_lease.usage_report WHERE account = 'acct:session')
+	FROM credit_lease.lease_usage u WHERE u.account = 'acct:session'}, 'what was spent of it is reported');
+is(eval { my $used = 0; $used += $_->{used} for $upstream->leases('acct:session'); $used }, 30, 'once');
 all_is_well('releases');
 
 # ---------------------------------------------------------------------------
@@ -316,10 +327,11 @@ becomes($node, "SELECT count(*) = 1 FROM credit_lease.open_lease WHERE account =
 	'but the upstream is asked, for the next one');
 at_once('a call that may not wait', sub {
 	sql('SET credit_lease.acquire_timeout = 0;');
-	fails("SELECT lease_consume('acct:zero', 'tokens', 10);", 'LC001', undef, 'a call that may not wait is refused');
-	is(sql("SELECT applied, available FROM lease_try_consume('acct:try', 'tokens', 10);"), 'f|0', '... or returns so');
+	is(sql("SELECT applied, available FROM lease_try_consume('acct:try', 'tokens', 10);"), 'f|0', 'a call that may not wait returns so');
+	fails("SELECT lease_consume('acct:zero', 'tokens', 10);", 'LC001', undef, '... or is refused');
 	sql('RESET credit_lease.acquire_timeout;');
 });
+# a session has one place to say what it waits for: the last of the two is asked for sure
 becomes($node, "SELECT count(*) = 1 FROM credit_lease.open_lease WHERE account = 'acct:zero' AND kind = 'upstream'",
 	'but the upstream is asked, for the next one');
 at_once('what was done before', sub {
@@ -844,6 +856,56 @@ is($node->safe_psql('postgres', 'SELECT last_error FROM credit_lease.worker_stat
 books_balance($node, 'at the end');
 $session->quit;
 $second->quit;
+
+# ---------------------------------------------------------------------------
+# A call that turns out to be short lets those go on who queued with it, while it
+# waits for the upstream (rule 12).
+
+$node->append_conf('postgresql.conf', 'credit_lease.request_timeout = 100s');
+$node->restart;
+$session = LeaseTest::Session->new($node);
+for my $stripes (1, 4)
+{
+	my $account = "acct:queue_$stripes";
+	my ($holder, $short, $small) = map { LeaseTest::Session->new($node) } 1 .. 3;
+	my $waiting = sub {
+		"SELECT count(DISTINCT pid) = $_[0] FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+	};
+
+	account($account, 1000, server => 'roles', stripes => $stripes);
+	sql("SELECT lease_prewarm('$account', '{tokens}');");
+	# it gives these back before it knows, which takes it a while
+	$holder->run_safe("BEGIN; SELECT lease_unfreeze('$account');
+		SELECT count(lease_reserve('$account', 'tokens', 0.25, '1 ms')) FROM generate_series(1, 300);");
+	$upstream->fault(fault => 'hang', match => 'extend', company_id => $account, times => undef);
+	$short->begin("SELECT applied FROM lease_try_consume('$account', 'tokens', 500);");
+	becomes($node, $waiting->(1), "$stripes stripes: a call waits for another one");
+	$small->begin("SELECT applied FROM lease_try_consume('$account', 'tokens', 1);");
+	becomes($node, $waiting->(2), '... and one with it');
+	$holder->run_safe('COMMIT;');
+	is(scalar $small->finish, 't', 'which goes on');
+	is($node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%500);%' AND pid <> pg_backend_pid()"),
+		'1', 'while the other waits for the upstream');
+	$upstream->clear;
+	is(scalar $short->finish, 't', 'which supplies that');
+	$_->quit for $holder, $short, $small;
+}
+
+# An answer that comes while others have all stripes waits for them.
+account('acct:busy', 1000, server => 'roles', stripes => 2);
+$holder = LeaseTest::Session->new($node);
+my $taking = q{FROM pg_stat_activity WHERE query = 'taking in the answer of an upstream' AND state = 'active'};
+$holder->run_safe("SELECT lease_topup('acct:busy', 'tokens', 10); BEGIN; SELECT lease_consume('acct:busy', 'tokens', 8);");
+$session->begin("SELECT status FROM lease_prewarm('acct:busy', '{tokens}');");
+becomes($node, "SELECT count(*) = 1 $taking", 'an answer comes while all stripes are locked');
+my $since = $node->safe_psql('postgres', "SELECT coalesce(max(xact_start), clock_timestamp()) $taking");
+becomes($node, "SELECT count(*) = 1 $taking AND xact_start > '$since'", 'and is tried again');
+$holder->run_safe('COMMIT;');
+is(scalar $session->finish, 'live', 'until it is taken');
+is(last_error('roles'), '~', 'without an error');
+$holder->quit;
+all_is_well('those who queue');
+$session->quit;
 $node->stop;
 
 done_testing();

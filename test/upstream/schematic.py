@@ -13,7 +13,8 @@ With --tls the same port speaks https, and plain http for the control interface 
 Books. A company has a balance of each credit. Acquire and extend move credit from the balance out on a lease; usage
 takes it from there. When the lease is released, or --grace seconds after it has expired, what is still out goes back to
 the balance. Usage beyond what is out, as all usage of a closed lease is, is charged to the balance, which may fall
-below zero. So, at every commit:
+below zero. A running total of a lease (cumulative) is charged as far as it is more than the highest before. So, at every
+commit:
 
     for a lease      granted = used + released + out    (released: gone back to the balance, less what that was charged)
     for a company    total = balance + the sum of out + the sum of used, its own and its leases'
@@ -79,9 +80,14 @@ ROUTES = {
 }
 
 # out of a column of the type decimal_text comes a Decimal
-SCHEMA = """
+STORE_SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = OFF;
+CREATE TABLE IF NOT EXISTS request (
+    n INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT, kind TEXT, path TEXT, company_id TEXT, idempotency_key TEXT,
+    authorized INT, in_flight INT, fault TEXT, body TEXT, status INT);
+"""
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS company (
     company_id TEXT, credit_type_id TEXT, total DECIMAL_TEXT, balance DECIMAL_TEXT, used DECIMAL_TEXT,
     PRIMARY KEY (company_id, credit_type_id));
@@ -100,9 +106,7 @@ CREATE TABLE IF NOT EXISTS event (
     company_id TEXT, credit_type_id TEXT, cost DECIMAL_TEXT,
     charged INT, duplicates INT DEFAULT 0, conflicts INT DEFAULT 0);
 CREATE TABLE IF NOT EXISTS reply (idempotency_key TEXT PRIMARY KEY, request TEXT, data TEXT);
-CREATE TABLE IF NOT EXISTS request (
-    n INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT, kind TEXT, path TEXT, company_id TEXT, idempotency_key TEXT,
-    authorized INT, in_flight INT, fault TEXT, body TEXT, status INT);
+CREATE TABLE IF NOT EXISTS running_total (lease_id TEXT PRIMARY KEY, quantity DECIMAL_TEXT);
 """
 
 
@@ -199,37 +203,73 @@ sqlite3.register_adapter(Decimal, lambda number: plain(number.normalize()))
 sqlite3.register_converter('DECIMAL_TEXT', lambda text: Decimal(text.decode()))
 
 
-class Books:
-    """The state, behind one connection and one lock."""
+class Store:
+    """A state with a log of requests, behind one connection and one lock."""
+    least = Decimal(0)  # that can be added to a balance
 
-    def __init__(self, path, grace, clock_offset):
-        self.grace = grace
+    def __init__(self, path, clock_offset, schema):
         self.clock_offset = clock_offset
         self.lock = threading.Lock()
         self.db = sqlite3.connect(
             path, isolation_level=None, check_same_thread=False, detect_types=sqlite3.PARSE_DECLTYPES)
         self.db.row_factory = lambda cursor, row: {column[0]: v for column, v in zip(cursor.description, row)}
-        self.db.executescript(SCHEMA)
+        self.db.executescript(STORE_SCHEMA + schema)
 
     def now(self, seconds=0.0):
         return instant(datetime.now(UTC) + timedelta(seconds=self.clock_offset + seconds))
 
     @contextlib.contextmanager
     def transaction(self):
-        """Begins a transaction in which whatever has expired by the clock is."""
         with self.lock, self.db:
             self.db.execute('BEGIN IMMEDIATE')
-            self.db.execute("UPDATE lease SET state = 'expired' WHERE state = 'live' AND expires_at <= ?", [self.now()])
-            for lease in self.rows("SELECT * FROM lease WHERE state = 'expired' AND out <> '0' AND expires_at <= ?",
-                                   self.now(-self.grace)):
-                self.give_back(lease)
+            self.begin()
             yield
+
+    def begin(self):
+        pass
 
     def rows(self, query, *args):
         return self.db.execute(query, args).fetchall()
 
     def row(self, query, *args):
         return self.db.execute(query, args).fetchone()
+
+    def cost(self, event, credit_type_id, quantity):
+        known = self.row("SELECT * FROM rate WHERE event = ? AND credit_type_id IN (?, '')"
+                         ' ORDER BY credit_type_id DESC', event, credit_type_id)
+        if not known:
+            return quantity
+        amount, unit = quantity * known['rate'], known['unit']
+        if unit is None or amount % unit == 0:
+            return amount
+        return (amount // unit + 1) * unit
+
+    def set_rate(self, event, credit_type_id, rate, unit):
+        self.db.execute('INSERT OR REPLACE INTO rate VALUES (?, ?, ?, ?)', (event, credit_type_id or '', rate, unit))
+
+    def requests(self, since):
+        rows = self.rows('SELECT * FROM request WHERE n > ? ORDER BY n', since)
+        for row in rows:
+            row['authorized'] = bool(row['authorized'])
+            row['body'] = decode(row['body'])
+        return rows
+
+    def forget(self):
+        for table in self.rows("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"):
+            self.db.execute(f'DELETE FROM {table["name"]}')
+
+
+class Books(Store):
+    def __init__(self, options):
+        super().__init__(options.file, options.clock_offset, SCHEMA)
+        self.grace = options.grace
+
+    def begin(self):
+        """Lets whatever has expired by the clock be."""
+        self.db.execute("UPDATE lease SET state = 'expired' WHERE state = 'live' AND expires_at <= ?", [self.now()])
+        for lease in self.rows("SELECT * FROM lease WHERE state = 'expired' AND out <> '0' AND expires_at <= ?",
+                               self.now(-self.grace)):
+            self.give_back(lease)
 
     def balance(self, company_id, credit_type_id):
         found = self.row('SELECT balance FROM company WHERE company_id = ? AND credit_type_id = ?',
@@ -339,6 +379,8 @@ class Books:
         name = text_field(body, 'event')
         quantity = amount_field(body, 'quantity')
         lease_id = text_field(body, 'lease_id', required=False)
+        if body.get('cumulative') not in (None, True) or (body.get('cumulative') and lease_id is None):
+            raise Refusal(400, 'cumulative must be true, and of a lease')
         company = object_field(body, 'company')
         object_field(body, 'user')
         object_field(body, 'traits')
@@ -352,7 +394,8 @@ class Books:
             return {'idempotency_key': key, 'duplicate': True}
 
         payer = self.payer(lease_id, company, name)
-        cost = payer and self.cost(name, payer['credit_type_id'], quantity)
+        growth = self.growth(lease_id, quantity) if body.get('cumulative') else quantity
+        cost = payer and self.cost(name, payer['credit_type_id'], growth)
         if payer and lease_id is not None:
             from_lease = min(cost, payer['out'])
             self.charge(payer, cost - from_lease)
@@ -370,6 +413,15 @@ class Books:
                          payer and payer['credit_type_id'], cost, payer is not None))
         return {'idempotency_key': key, 'duplicate': False}
 
+    def growth(self, lease_id, quantity):
+        """Returns by how much a running total is more than the one before; one that is less comes late."""
+        known = self.row('SELECT quantity FROM running_total WHERE lease_id = ?', lease_id)
+        before = known['quantity'] if known else Decimal(0)
+        if quantity <= before:
+            return Decimal(0)
+        self.db.execute('INSERT OR REPLACE INTO running_total VALUES (?, ?)', (lease_id, quantity))
+        return quantity - before
+
     def payer(self, lease_id, company, event):
         """Returns the row of the lease or the company that an event is charged to, None if it is not known."""
         if lease_id is not None:
@@ -379,16 +431,6 @@ class Books:
         found = [row for row in rated if row['company_id'] in company.values()]
         return found[0] if len(found) == 1 else None
 
-    def cost(self, event, credit_type_id, quantity):
-        known = self.row("SELECT * FROM rate WHERE event = ? AND credit_type_id IN (?, '')"
-                         ' ORDER BY credit_type_id DESC', event, credit_type_id)
-        if not known:
-            return quantity
-        amount, unit = quantity * known['rate'], known['unit']
-        if unit is None or amount % unit == 0:
-            return amount
-        return (amount // unit + 1) * unit
-
     # what the control interface asks for
 
     def add(self, company_id, credit_type_id, amount):
@@ -397,9 +439,6 @@ class Books:
         self.db.execute(
             'UPDATE company SET total = ?, balance = ? WHERE company_id = ? AND credit_type_id = ?',
             (old['total'] + amount, old['balance'] + amount, company_id, credit_type_id))
-
-    def set_rate(self, event, credit_type_id, rate, unit):
-        self.db.execute('INSERT OR REPLACE INTO rate VALUES (?, ?, ?, ?)', (event, credit_type_id or '', rate, unit))
 
     def report(self):
         companies = self.rows('SELECT * FROM company ORDER BY company_id, credit_type_id')
@@ -432,17 +471,6 @@ class Books:
             'requests': {row['kind']: row['n'] for row in requests},
             'consistent': consistent}
 
-    def requests(self, since):
-        rows = self.rows('SELECT * FROM request WHERE n > ? ORDER BY n', since)
-        for row in rows:
-            row['authorized'] = bool(row['authorized'])
-            row['body'] = decode(row['body'])
-        return rows
-
-    def forget(self):
-        for table in ('company', 'lease', 'rate', 'event', 'reply', 'request'):
-            self.db.execute(f'DELETE FROM {table}')
-
 
 # A request to the API
 
@@ -457,6 +485,7 @@ class Reply:
 
 class Call:
     """A request: who asks for what, and how it is carried out."""
+    routes = ROUTES
 
     def __init__(self, server, handler, raw):
         self.books = server.books
@@ -469,17 +498,19 @@ class Call:
         except (ValueError, RecursionError):
             self.body = None
         self.events = []
-        if self.kind == 'events':
-            if isinstance(self.body, dict) and isinstance(self.body.get('events'), list):
-                self.events = [event for event in self.body['events'] if isinstance(event, dict)]
-            keys = [event.pop('api_key', None) for event in self.events]
-        else:
-            keys = [handler.headers.get('X-Schematic-Api-Key')]
+        keys = self.keys(handler)
         self.forbidden = server.forbidden_key in keys
         self.authorized = keys != [] and all(key == server.key for key in keys)
 
+    def keys(self, handler):
+        if self.kind != 'events':
+            return [handler.headers.get('X-Schematic-Api-Key')]
+        if isinstance(self.body, dict) and isinstance(self.body.get('events'), list):
+            self.events = [event for event in self.body['events'] if isinstance(event, dict)]
+        return [event.pop('api_key', None) for event in self.events]
+
     def route(self, command):
-        for kind, pattern in ROUTES.items():
+        for kind, pattern in self.routes.items():
             if command == 'POST' and (found := pattern.fullmatch(self.path)):
                 return kind, urllib.parse.unquote(found[1]) if found.groups() else None
         return 'unknown', None
@@ -507,23 +538,29 @@ class Call:
                 raise Refusal(403, 'the API key has no access')
             if not self.authorized:
                 raise Refusal(401, 'the API key is missing or unknown')
-            if not isinstance(self.body, dict):
-                raise Refusal(400, 'the body must be a JSON object')
             with self.books.transaction():
-                return Reply(200, {'data': self.carry_out(), 'params': {}})
+                return Reply(200, self.carry_out())
         except Refusal as refusal:
-            return Reply(refusal.status, {'error': str(refusal)})
+            return Reply(refusal.status, self.error(str(refusal)))
+
+    @staticmethod
+    def error(text):
+        return {'error': text}
 
     def carry_out(self):
         books = self.books
+        if not isinstance(self.body, dict):
+            raise Refusal(400, 'the body must be a JSON object')
         if self.kind == 'events':
             if len(self.events) != len(field(self.body, 'events', list, 'a list')):
                 raise Refusal(400, 'an event must be an object')
-            return books.track(self.body)
-        if self.kind == 'acquire':
+            data = books.track(self.body)
+        elif self.kind == 'acquire':
             request = [self.kind, self.body.get('company_id'), self.body.get('credit_type_id')]
-            return books.once(self.key, request, books.acquire, self.body)
-        return books.once(self.key, [self.kind, self.lease_id], getattr(books, self.kind), self.body, self.lease_id)
+            data = books.once(self.key, request, books.acquire, self.body)
+        else:
+            data = books.once(self.key, [self.kind, self.lease_id], getattr(books, self.kind), self.body, self.lease_id)
+        return {'data': data, 'params': {}}
 
 
 def gone(connection):
@@ -544,7 +581,7 @@ def slow(call, fault, reply):
 def status(call, fault, reply):
     after = fault['retry_after']
     headers = {} if after is None else {'Retry-After': str(after)}
-    return Reply(fault['code'], {'error': fault['error']}, headers)
+    return Reply(fault['code'], call.error(fault['error']), headers)
 
 
 def hang(call, fault, reply):
@@ -638,17 +675,20 @@ COMMON = {'match': 'any', 'company_id': None, 'times': 1, 'probability': 1, 'see
 
 
 class Fault:
+    faults = FAULTS
+    kinds = ROUTES
+
     def __init__(self, options):
         name = options.get('fault')
-        if name not in FAULTS:
+        if name not in self.faults:
             raise Refusal(400, f'there is no fault {name}')
         self.name = name
-        self.function, defaults = FAULTS[name]
+        self.function, defaults = self.faults[name]
         known = {'fault'} | COMMON.keys() | defaults.keys() | ({'value'} if self.function is mistyped else set())
         if unknown := options.keys() - known:
             raise Refusal(400, f'the fault {name} has no field {min(unknown)}')
         self.options = COMMON | defaults | options
-        if self['match'] not in {'any', *ROUTES}:
+        if self['match'] not in {'any', *self.kinds}:
             raise Refusal(400, f'match cannot be {self["match"]}')
         self.left = self['times']
         self.random = random.Random(self['seed'])
@@ -678,9 +718,12 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 256
+    books_class = Books
+    call_class = Call
+    fault_class = Fault
 
     def __init__(self, options):
-        self.books = Books(options.file, options.grace, options.clock_offset)
+        self.books = self.books_class(options)
         self.key = options.key
         self.forbidden_key = options.forbidden_key
         self.tls = None
@@ -754,7 +797,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = respond
 
     def api(self, raw):
-        call = Call(self.server, self, raw)
+        call = self.server.call_class(self.server, self, raw)
         reply = None
         self.server.arrive(call)
         try:
@@ -799,7 +842,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 match self.command, url.path:
                     case 'POST' | 'PUT', '/_/balance':
                         books.add(text_field(body, 'company_id'), text_field(body, 'credit_type_id'),
-                                  amount_field(body, 'amount', minimum=0))
+                                  amount_field(body, 'amount', minimum=books.least))
                         return Reply(200, {})
                     case 'POST' | 'PUT', '/_/rate':
                         books.set_rate(text_field(body, 'event'), text_field(body, 'credit_type_id', required=False),
@@ -807,7 +850,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                        amount_field(body, 'unit') if body.get('unit') is not None else None)
                         return Reply(200, {})
                     case 'POST', '/_/fault':
-                        self.server.faults.append(Fault(body))
+                        self.server.faults.append(self.server.fault_class(body))
                         return Reply(200, {})
                     case 'DELETE', '/_/fault':
                         self.server.end_faults()
@@ -827,8 +870,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return Reply(400, {'error': str(error)})
 
 
-def main():
-    parser = argparse.ArgumentParser(description='The reference upstream, for tests and the demo.')
+def main(server_class, description):
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--port', type=int, default=0, help='0 picks a free one')
     parser.add_argument('--port-file', help='gets the port, at once, when the server is ready')
     parser.add_argument('--file', default=':memory:', help='the SQLite file with the state')
@@ -845,7 +888,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    server = Server(options)
+    server = server_class(options)
     port = server.server_address[1]
     if options.port_file:
         with open(f'{options.port_file}.new', 'w') as file:
@@ -856,4 +899,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    main(Server, 'The reference upstream, for tests and the demo.')
