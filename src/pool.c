@@ -15,7 +15,7 @@
  * that a term of one stripe can be negative, which the sum over all stripes
  * cannot. To look what remains elsewhere costs as much as all else that is
  * read. Where the call's own stripe has enough, that serves only to say what
- * the pool has available, and what the session saw a moment ago does.
+ * the pool has available, and what a busy session saw a moment ago does.
  *
  * Every row is proved when it is read and every move when it is made: a
  * negative or unbalanced amount is LC009 (rule 3).
@@ -82,10 +82,8 @@ static Statement with_closed_statement = {
 };
 
 static Statement elsewhere_statement = {
-	.sql = "SELECT e.tranche_id, pg_catalog.sum(e.remaining), pg_catalog.min(e.remaining) FROM (SELECT p.tranche_id, p.remaining"
-	"  FROM credit_lease.tranche_stripe p WHERE p.account = $1 AND p.credit = $2 AND p.stripe <> $3"
-	" UNION ALL SELECT t.tranche_id, t.remaining FROM credit_lease.tranche t"
-	"  WHERE t.account = $1 AND t.credit = $2 AND t.open AND $3 <> 0) e GROUP BY e.tranche_id ORDER BY e.tranche_id",
+	.sql = "SELECT p.tranche_id, p.remaining FROM credit_lease.tranche_stripe p"
+	" WHERE p.account = $1 AND p.credit = $2 AND p.stripe <> $3 ORDER BY p.stripe, p.tranche_id",
 	.nargs = 3,
 	.argtypes = {TEXTOID, TEXTOID, INT4OID}
 };
@@ -262,6 +260,7 @@ read_stripe(Tranche *tranche, uint64 row)
 	bool	   *null;
 	Datum	   *value;
 
+	tranche->elsewhere = tranche->balance[REMAINING];
 	tranche->in_stripe = true;
 	tranche->has_row = !isnull;
 	if (isnull)
@@ -426,19 +425,20 @@ pool_look(Pool *pool)
 		int64		tranche_id = DatumGetInt64(statement_value(row, 1, &isnull));
 		Numeric		remaining = DatumGetNumeric(statement_value(row, 2, &isnull));
 
-		if (numeric_is_nan(remaining) || numeric_is_inf(remaining) ||
-			amount_sign(DatumGetNumeric(statement_value(row, 3, &isnull))) < 0)
+		if (numeric_is_nan(remaining) || numeric_is_inf(remaining) || amount_sign(remaining) < 0)
 			stripes_do_not_balance(pool, tranche_id);
 		for (int i = 0; i < pool->ntranches; i++)
 		{
 			Tranche    *tranche = pool->tranche[i];
 
-			if (tranche->tranche_id != tranche_id)
-				continue;
-			tranche->elsewhere = amount_add(tranche->elsewhere, remaining);
-			if (tranche->alive)
-				elsewhere = amount_add(elsewhere, remaining);
+			if (tranche->tranche_id == tranche_id)
+				tranche->elsewhere = amount_add(tranche->elsewhere, remaining);
 		}
+	}
+	for (int i = 0; i < pool->ntranches; i++)
+	{
+		if (pool->tranche[i]->alive)
+			elsewhere = amount_add(elsewhere, pool->tranche[i]->elsewhere);
 	}
 	pool->available = amount_add(pool->available, amount_subtract(elsewhere, pool->elsewhere));
 	pool->elsewhere = elsewhere;

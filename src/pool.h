@@ -65,7 +65,7 @@ typedef struct Tranche
 	Numeric		logged[BUCKETS];	/* as the ledger has it */
 	Numeric		stored[BUCKETS];	/* as the table has it */
 	Numeric		striped;		/* of the whole tranche, what is in stripes */
-	Numeric		elsewhere;		/* what remains in other rows, if the pool has been looked through */
+	Numeric		elsewhere;		/* what remains in other rows: its own, or all if the pool has been looked through */
 } Tranche;
 
 /* A row of a striped tranche, of which a call has taken to its own stripe what remained. */

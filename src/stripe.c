@@ -40,7 +40,10 @@
 #include "stripe.h"
 
 /* How old what is said of other stripes may be */
-#define RECALL_FOR_MS	20
+#define RECALL_FOR_MS	100
+
+/* How many calls may look all the same, before others that come as fast do not: who rests is told what is */
+#define SPARE_LOOKS		10
 
 /* The most that a pool can have */
 #define MOST_STRIPES	64
@@ -63,6 +66,7 @@ typedef struct Memory
 	StripeRow	row;
 	Remembered	elsewhere;		/* what remained in other stripes, when they were looked at */
 	TimestampTz looked_at;		/* 0 for never */
+	TimestampTz due;			/* when as much time has passed as is to pass for its looks */
 	uint32		composition;	/* the pool's, then */
 } Memory;
 
@@ -235,6 +239,8 @@ stripe_remember(const Pool *pool, bool gathered)
 
 	if (memory == NULL)
 		memory = make_memory(pool);
+	if (pool->looked)
+		memory->due = TimestampTzPlusMilliseconds(Max(memory->due, pool->looked_at), RECALL_FOR_MS);
 	if (pool->looked || gathered || memory->stripe != pool->stripe)
 		memory->looked_at = 0;
 	if (pool->looked && !gathered && pool->is_first && keep(&memory->elsewhere, pool->elsewhere))
@@ -249,17 +255,19 @@ stripe_remember(const Pool *pool, bool gathered)
 /*
  * stripe_recall
  *		Sets what remains of a pool in other stripes than the locked one, if the
- *		session looked a moment ago, and the pool consists of the same; returns
- *		whether it did.
+ *		session looked a moment ago, and often of late, and the pool consists of
+ *		the same; returns whether it did.
  */
 bool
 stripe_recall(Pool *pool)
 {
 	Memory	   *memory = find_memory(pool);
+	TimestampTz now = GetCurrentTimestamp();
 
 	if (memory == NULL || !ItemPointerEquals(&memory->row.tid, &pool->stripe_row.tid) ||
 		memory->looked_at == 0 || memory->composition != pool->composition ||
-		TimestampDifferenceExceeds(memory->looked_at, GetCurrentTimestamp(), RECALL_FOR_MS))
+		TimestampDifferenceExceeds(memory->looked_at, now, RECALL_FOR_MS) ||
+		!TimestampDifferenceExceeds(now, memory->due, SPARE_LOOKS * RECALL_FOR_MS))
 		return false;
 	pool->elsewhere = palloc(LARGEST_AMOUNT);
 	memcpy(pool->elsewhere, memory->elsewhere.bytes, LARGEST_AMOUNT);
