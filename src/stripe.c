@@ -240,13 +240,12 @@ stripe_remember(const Pool *pool, bool gathered)
 	if (memory == NULL)
 		memory = make_memory(pool);
 	if (pool->looked)
-		memory->due = TimestampTzPlusMilliseconds(Max(memory->due, pool->looked_at), RECALL_FOR_MS);
-	if (pool->looked || gathered || memory->stripe != pool->stripe)
-		memory->looked_at = 0;
-	if (pool->looked && !gathered && pool->is_first && keep(&memory->elsewhere, pool->elsewhere))
 	{
-		memory->looked_at = pool->looked_at;
+		bool		keeps = !gathered && pool->is_first && keep(&memory->elsewhere, pool->elsewhere);
+
+		memory->looked_at = keeps ? pool->looked_at : 0;
 		memory->composition = pool->composition;
+		memory->due = TimestampTzPlusMilliseconds(Max(memory->due, pool->looked_at), RECALL_FOR_MS);
 	}
 	memory->stripe = pool->stripe;
 	memory->row = pool->stripe_row;
@@ -264,7 +263,8 @@ stripe_recall(Pool *pool)
 	Memory	   *memory = find_memory(pool);
 	TimestampTz now = GetCurrentTimestamp();
 
-	if (memory == NULL || !ItemPointerEquals(&memory->row.tid, &pool->stripe_row.tid) ||
+	if (memory == NULL || memory->row.xmin != pool->stripe_row.xmin ||
+		!ItemPointerEquals(&memory->row.tid, &pool->stripe_row.tid) ||
 		memory->looked_at == 0 || memory->composition != pool->composition ||
 		TimestampDifferenceExceeds(memory->looked_at, now, RECALL_FOR_MS) ||
 		!TimestampDifferenceExceeds(now, memory->due, SPARE_LOOKS * RECALL_FOR_MS))

@@ -636,10 +636,10 @@ SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:17
 SELECT trim_scale(available) AS available FROM (VALUES ('tokens'), ('images')) v (credit), LATERAL lease_topup('stripe:20', credit, 100000);
 SELECT lease_stripe('stripe:20', credit, 4) FROM (VALUES ('tokens'), ('images')) v (credit);
 SELECT applied FROM lease_consume('stripe:20', 'tokens', 1);
-CREATE PROCEDURE test.look_often(credit text) LANGUAGE plpgsql AS $$
+CREATE PROCEDURE test.look_often(account text, credit text) LANGUAGE plpgsql AS $$
 BEGIN
 	FOR i IN 1 .. 20 LOOP
-		PERFORM credit_lease.lease_consume('stripe:20', look_often.credit, 0.1);
+		PERFORM credit_lease.lease_consume(look_often.account, look_often.credit, 0.1);
 		COMMIT;
 	END LOOP;
 END
@@ -649,7 +649,7 @@ DO $$
 DECLARE
 	before numeric;
 BEGIN
-	CALL look_often('tokens');
+	CALL look_often('stripe:20', 'tokens');
 	before := (SELECT available FROM credit_lease.lease_consume('stripe:20', 'tokens', 1));
 	PERFORM credit_lease.lease_topup('stripe:20', 'tokens', 100);
 	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'tokens', 1)) <> before + 99 THEN
@@ -667,7 +667,7 @@ DO $$
 DECLARE
 	before numeric;
 BEGIN
-	CALL look_often('images');
+	CALL look_often('stripe:20', 'images');
 	before := (SELECT available FROM credit_lease.lease_consume('stripe:20', 'images', 1));
 	COMMIT;
 	PERFORM credit_lease.lease_consume('stripe:20', 'images', 50000);
@@ -698,7 +698,7 @@ SELECT trim_scale(available) AS available FROM lease_topup('stripe:20', 'other',
 SELECT lease_stripe('stripe:20', 'other', 4);
 DO $$
 BEGIN
-	CALL look_often('other');
+	CALL look_often('stripe:20', 'other');
 	PERFORM credit_lease.lease_consume('stripe:20', 'other', 898);
 	COMMIT;
 	IF (SELECT available FROM credit_lease.lease_consume('stripe:20', 'other', 10)) <> 3090 THEN
@@ -751,6 +751,7 @@ COMMIT;
 SELECT tranches FROM state('stripe:22') WHERE credit = 'tokens';
 -- a tranche expires within the transaction
 SELECT trim_scale(available) AS available FROM lease_topup('stripe:22', 'images', 20, priority => 1, expires_at => '2030-01-01 12:30:00+00');
+CALL look_often('stripe:22', 'images');
 BEGIN;
 SELECT applied, trim_scale(available) AS available FROM lease_consume('stripe:22', 'images', 1);
 SET LOCAL credit_lease.mock_now = '2030-01-01 12:30:00+00';
