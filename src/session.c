@@ -140,23 +140,22 @@ session_require_open(text *account, const Chunk *session)
 /*
  * session_lock_for_more
  *		Locks the pool of a session that was found, after a wait for its upstream
- *		if need be, and the session; returns whether an amount can be carved out
- *		for it. Raises LC003, LC004, LC005 and LC009.
+ *		to supply an amount if need be, and the session. Raises LC003, LC004,
+ *		LC005 and LC009.
  */
-bool
+void
 session_lock_for_more(Pool *pool, text *name, Numeric amount, Chunk *session)
 {
 	const Request request = {.kind = &kind_session, .account = pool->account};
-	bool		covered;
 
 	/* nothing is waited for in vain */
 	session_require_open(pool->account, session);
 	pool->credit = session->credit;
 	supply_lock(pool, &request, amount);
-	covered = reclaim_cover(pool, amount);
 	session_lock(pool->account, name, session);
-	session_require_open(pool->account, session);
-	return covered && !pool_is_frozen(pool);
+	/* by the clock before a wait for the session, tranches that have expired would be alive */
+	pool->now = session_require_open(pool->account, session);
+	pool_read(pool);
 }
 
 /* Raises LC001. */
@@ -172,14 +171,16 @@ session_refuse_above_deposit(const Chunk *session, Numeric cumulative)
 
 /*
  * session_carve
- *		Carves an amount out of a locked pool that has it, for a locked session
- *		whose row is still to be written.
+ *		Carves an amount out of a locked pool, for a locked session whose row is
+ *		still to be written. Raises LC001, LC007 and LC008.
  */
 void
 session_carve(Pool *pool, Chunk *session, Numeric amount)
 {
 	const Request request = {.kind = &kind_session, .account = pool->account};
 
+	if (!reclaim_cover(pool, amount) || pool_is_frozen(pool))
+		pool_refuse(pool, amount);
 	pool_take(pool, amount, CHUNKED);
 	chunk_grow(pool, session);
 	ledger_post(pool, &request, &session->chunk_id);

@@ -135,8 +135,7 @@ lease_session_topup(PG_FUNCTION_ARGS)
 
 	if (!session_find(pool.account, name, false, &session))
 		session_not_found(pool.account, name);
-	if (!session_lock_for_more(&pool, name, amount, &session))
-		pool_refuse(&pool, amount);
+	session_lock_for_more(&pool, name, amount, &session);
 	session_carve(&pool, &session, amount);
 	chunk_save(pool.account, &session);
 	session_notify(pool.account, &session, pool.now);

@@ -151,7 +151,6 @@ lease_session_reconcile(PG_FUNCTION_ARGS)
 	int64		units;
 	bool		raised = false;
 	bool		applied;
-	bool		covered = true;
 	MemoryContext caller;
 
 	pool.account = argument_text(fcinfo, 0, "account");
@@ -162,7 +161,7 @@ lease_session_reconcile(PG_FUNCTION_ARGS)
 	if (!session_find(pool.account, name, false, &session))
 		session_not_found(pool.account, name);
 	if (amount_compare(told.deposit, session.granted) > 0)
-		covered = session_lock_for_more(&pool, name, amount_subtract(told.deposit, session.granted), &session);
+		session_lock_for_more(&pool, name, amount_subtract(told.deposit, session.granted), &session);
 	else
 		session_lock(pool.account, name, &session);
 	now = session_require_open(pool.account, &session);
@@ -172,11 +171,7 @@ lease_session_reconcile(PG_FUNCTION_ARGS)
 	/* somebody else may have raised it meanwhile */
 	if (amount_compare(told.deposit, session.granted) > 0)
 	{
-		Numeric		amount = amount_subtract(told.deposit, session.granted);
-
-		if (!covered)
-			pool_refuse(&pool, amount);
-		session_carve(&pool, &session, amount);
+		session_carve(&pool, &session, amount_subtract(told.deposit, session.granted));
 		raised = true;
 	}
 	if (amount_compare(told.accepted, session.accepted) > 0)
