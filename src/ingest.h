@@ -15,12 +15,13 @@ typedef enum IngestPast
 	INGEST_OTHER
 } IngestPast;
 
-/* A pool of a locked account, while a part of a batch is worked on */
+/* A pool, while a part of a batch is worked on */
 typedef struct IngestPool
 {
 	Pool		pool;
 	Numeric		available;		/* when it was read */
 	int			next;			/* nothing that can be spent is left of the tranches before this one */
+	bool		locked;			/* its account is; else it is taken to be empty */
 	bool		looked;			/* whether it is frozen is known */
 	bool		frozen;
 } IngestPool;

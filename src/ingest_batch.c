@@ -19,8 +19,10 @@
  * for each would cost as much as all else that is done; then, one by one in the same
  * order, stripes of those that are striped. Who has an account must not wait
  * for its stripes: where one is found to have got some while this waited, all
- * locks are given back and taken anew, without it. What a charge needs and is
- * not there is created before, in the same order.
+ * locks are given back and taken anew, without it. So they are, with it, where
+ * one has come in or lost its stripes: it is not locked, and may be before one
+ * that is. What comes in after that look is not read (pool_lock()). What a
+ * charge needs and is not there is created before, in the same order.
  */
 #include "postgres.h"
 
@@ -62,8 +64,8 @@ static Statement lock_statement = {
 	.by_index = true
 };
 
-static Statement striped_statement = {
-	.sql = "SELECT a.account FROM credit_lease.account a WHERE a.account = ANY ($1) AND a.striped ORDER BY a.account",
+static Statement look_statement = {
+	.sql = "SELECT a.account, a.striped FROM credit_lease.account a WHERE a.account = ANY ($1) ORDER BY a.account",
 	.nargs = 1,
 	.argtypes = {TEXTARRAYOID},
 	.by_index = true
@@ -81,7 +83,7 @@ static Statement pools_statement = {
 typedef struct Account
 {
 	text	   *name;
-	bool		locked;			/* it is there, and not striped */
+	bool		locked;			/* it was there, and not striped */
 	bool		frozen;			/* something of it is */
 	bool		striped;
 } Account;
@@ -201,13 +203,14 @@ account_of_row(Batch *batch, uint64 row, int *next)
 	while (*next < batch->naccounts && compare_text(batch->account[*next].name, name) != 0)
 		(*next)++;
 	if (*next == batch->naccounts)
-		elog(ERROR, "locked an account that was not asked for");
+		elog(ERROR, "found an account that was not asked for");
 	return &batch->account[*next];
 }
 
 /*
  * Locks the accounts that are there and not striped. Returns false, and the
- * locks are to be given back, where others turn out to be striped.
+ * locks are to be given back, where others turn out to be there: the lock sees
+ * what was committed before it waited.
  */
 static bool
 lock_accounts(void *arg)
@@ -239,10 +242,14 @@ lock_accounts(void *arg)
 
 	name = list_accounts(batch, false, &n);
 	parameter_add_texts(&look, name, n);
-	rows = statement_execute(&striped_statement, &look);
+	rows = statement_execute(&look_statement, &look);
 	next = 0;
 	for (uint64 row = 0; row < rows; row++)
-		account_of_row(batch, row, &next)->striped = true;
+	{
+		bool		isnull;
+
+		account_of_row(batch, row, &next)->striped = DatumGetBool(statement_value(row, 2, &isnull));
+	}
 	return rows == 0;
 }
 
@@ -262,6 +269,7 @@ add_pool(Part *part, const IngestEvent *event, text *credit)
 		.pool = {.account = event->account, .credit = credit, .now = part->posting.now}
 	};
 	pool->pool.may_be_frozen = part->batch->account[event->account_number].frozen;
+	pool->locked = part->batch->account[event->account_number].locked;
 	return pool;
 }
 
@@ -325,19 +333,26 @@ find_pools(Part *part)
 	}
 }
 
-/* Reads the open tranches of the pools of a credit, which are in the order of their accounts. */
+/*
+ * Reads the open tranches of the pools of a credit, which are in the order of
+ * their accounts; those whose account is not locked are empty.
+ */
 static void
 read_credit(IngestPool **pool, int n)
 {
 	Parameters	parameters = {0};
 	Datum	   *account = palloc(sizeof(Datum) * n);
+	int			nlocked = 0;
 	uint64	   *row;
 	uint64		rows;
 	uint64		next = 0;
 
 	for (int i = 0; i < n; i++)
-		account[i] = PointerGetDatum(pool[i]->pool.account);
-	parameter_add_texts(&parameters, account, n);
+	{
+		if (pool[i]->locked)
+			account[nlocked++] = PointerGetDatum(pool[i]->pool.account);
+	}
+	parameter_add_texts(&parameters, account, nlocked);
 	parameter_add_pointer(&parameters, pool[0]->pool.credit);
 	rows = statement_execute(&pools_statement, &parameters);
 	row = palloc(sizeof(uint64) * Max(rows, 1));
@@ -368,7 +383,7 @@ compare_pools(const void *a, const void *b)
 	return order != 0 ? order : x < y ? -1 : 1;
 }
 
-/* Reads the open tranches of all pools; of an account that is not there, there are none. */
+/* Reads the open tranches of all pools. */
 static void
 read_pools(Part *part)
 {
