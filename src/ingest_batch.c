@@ -700,6 +700,43 @@ work(Batch *batch, int first, int end)
 	SPI_finish();
 }
 
+/* Locks what a batch needs, and works on all of it. */
+static void
+work_on_all(Batch *batch)
+{
+	int			size = Max(PART, batch->nevents / PARTS + 1);
+
+	if (batch->charge)
+		create_accounts(batch);
+	while (!guard_attempt(lock_accounts, batch))
+		CHECK_FOR_INTERRUPTS();
+	for (int first = 0; first < batch->nevents; first += size)
+		work(batch, first, Min(first + size, batch->nevents));
+}
+
+/*
+ * Finds those of the events that nobody can pay for whose key has had its
+ * effect all the same (rule 5), before the batch or in it.
+ */
+static void
+look_back_at_unpaid(IngestEvent *events, int n)
+{
+	IngestEvent **unpaid = MemoryContextAllocHuge(CurrentMemoryContext, sizeof(IngestEvent *) * Max(n, 1));
+	int			nunpaid = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (events[i].npayers == 0 && events[i].key)
+			unpaid[nunpaid++] = &events[i];
+	}
+	ingest_look_back(unpaid, nunpaid);
+	for (int i = 0; i < nunpaid; i++)
+	{
+		if (unpaid[i]->past != INGEST_NO_PAST)
+			ingest_repeat(unpaid[i], unpaid[i]->past == INGEST_SAME, NULL);
+	}
+}
+
 /*
  * ingest_batch
  *		Spends what events say that have been read and checked, and notes what
@@ -709,21 +746,13 @@ void
 ingest_batch(IngestEvent *events, int n, bool charge)
 {
 	Batch		batch = {.nevents = n, .charge = charge};
-	int			size;
 
 	batch.event = MemoryContextAllocHuge(CurrentMemoryContext, sizeof(IngestEvent *) * Max(n, 1));
 	for (int i = 0; i < n; i++)
 		batch.event[i] = &events[i];
 	sort_events(&batch);
 	batch.nevents = ingest_price(batch.event, n);
-	if (batch.nevents == 0)
-		return;
-	if (charge)
-		create_accounts(&batch);
-	while (!guard_attempt(lock_accounts, &batch))
-		CHECK_FOR_INTERRUPTS();
-
-	size = Max(PART, batch.nevents / PARTS + 1);
-	for (int first = 0; first < batch.nevents; first += size)
-		work(&batch, first, Min(first + size, batch.nevents));
+	if (batch.nevents > 0)
+		work_on_all(&batch);
+	look_back_at_unpaid(events, n);
 }

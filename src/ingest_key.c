@@ -10,7 +10,8 @@
  * event was charged and there was too little: then it is another one to
  * lease_consume(), which spends all or nothing.
  *
- * Takes no lock; whoever looks back has the account's.
+ * Takes no lock; whoever looks back has the account's, but for events of which
+ * nothing is written in any case.
  */
 #include "postgres.h"
 

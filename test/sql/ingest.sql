@@ -170,6 +170,23 @@ SELECT * FROM lease_ingest('[{"account": "ingest:8", "feature": "page", "quantit
 SELECT * FROM refused($$ SELECT lease_consume('ingest:8', 'pages', 8, 'a') $$);
 SELECT account, credit, amount, idempotency_key FROM shortfall WHERE account = 'ingest:8';
 SELECT account, credit, consumed, calls FROM usage_by_day WHERE account = 'ingest:8' ORDER BY credit;
+-- ... also when nobody can pay for it any more, or it is free: a key that has
+-- had its effect does not have another, nor in the same batch
+DELETE FROM meter WHERE feature = 'sound';
+SELECT * FROM lease_ingest('[
+	{"account": "ingest:8", "feature": "sound", "quantity": 1, "key": "e"},
+	{"account": "ingest:8", "feature": "sound", "quantity": 2, "key": "e"},
+	{"account": "ingest:8", "feature": "sound", "quantity": 2, "key": "f"},
+	{"account": "ingest:8", "feature": "huge", "quantity": 100, "key": "e"}]');
+INSERT INTO meter (feature) VALUES ('sound');
+SELECT available FROM lease_topup('ingest:41', 'tokens', 10);
+SELECT * FROM lease_ingest('[
+	{"account": "ingest:8", "feature": "sound", "quantity": 1, "key": "e"},
+	{"account": "ingest:8", "feature": "sound", "quantity": 2, "key": "e"},
+	{"account": "ingest:8", "feature": "sound", "quantity": 2, "key": "f"},
+	{"account": "ingest:41", "credit": "tokens", "amount": 1, "key": "e"},
+	{"account": "ingest:41", "feature": "sound", "quantity": 1, "key": "e"},
+	{"account": "ingest:8", "feature": "sound", "quantity": 1}]');
 -- a frozen credit is passed over
 SELECT available FROM lease_topup('ingest:8', 'pages', 10);
 SELECT available FROM lease_topup('ingest:8', 'cents', 10);
