@@ -19,6 +19,16 @@ static char *mock_now_string = NULL;
 /* Set together with mock_now_string; NULL while the setting is empty. */
 static const TimestampTz *mock_now = NULL;
 
+/* Returns whether a word stands for another instant each time. */
+static bool
+is_moving(int n, char *word)
+{
+	int			value;
+
+	return DecodeSpecial(n, word, &value) == RESERV &&
+		(value == DTK_NOW || value == DTK_YESTERDAY || value == DTK_TODAY || value == DTK_TOMORROW);
+}
+
 /*
  * clock_parse
  *		Reads one fixed instant, and returns whether the string is one. Raises
@@ -37,9 +47,14 @@ clock_parse(const char *string, TimestampTz *instant)
 	struct pg_tm tm;
 	DateTimeErrorExtra error;
 
-	return ParseDateTime(string, workbuf, sizeof(workbuf), field, ftype,
-						 MAXDATEFIELDS, &nfields) == 0 &&
-		DecodeDateTime(field, ftype, nfields, &dtype, &tm, &fsec, &tz, &error) == 0 &&
+	if (ParseDateTime(string, workbuf, sizeof(workbuf), field, ftype, MAXDATEFIELDS, &nfields) != 0)
+		return false;
+	for (int i = 0; i < nfields; i++)
+	{
+		if (is_moving(i, field[i]))
+			return false;
+	}
+	return DecodeDateTime(field, ftype, nfields, &dtype, &tm, &fsec, &tz, &error) == 0 &&
 		dtype == DTK_DATE &&
 		tm2timestamp(&tm, fsec, &tz, instant) == 0;
 }

@@ -267,7 +267,9 @@ SELECT e.n, r FROM (VALUES (1, '1'), (2, 'null'), (3, '[]'), (4, '{}'),
 	(25, '{"account": "a", "credit": "t", "amount": 1, "time": "2029-01-01T00:00:00Z", "metadata": {"time": 1}}'),
 	(26, '{"account": "a", "feature": "f"}'), (27, '{"account": "a", "feature": "f", "quantity": 0}'), (28, '{"account": "a", "feature": "f", "amount": 1}'),
 	(29, '{"account": "a", "credit": "t", "feature": "f", "quantity": 1}'), (30, '{"account": "a", "credit": "t", "quantity": 1}'),
-	(31, '{"account": "a", "quantity": 1}')) e (n, event),
+	(31, '{"account": "a", "quantity": 1}'),
+	(32, '{"account": "a", "credit": "t", "amount": 1, "time": "Yesterday 12:00Z"}'), (33, '{"account": "a", "credit": "t", "amount": 1, "time": "now"}'),
+	(34, '{"account": "a", "credit": "t", "amount": 1, "time": "UTC today"}')) e (n, event),
 	LATERAL refused(format('SELECT credit_lease.lease_ingest(%L::jsonb)', '[{"account": "ingest:2", "credit": "tokens", "amount": 1}, ' || e.event || ']')) r ORDER BY e.n;
 SELECT r.* FROM (VALUES (1, 'NULL'), (2, '''{}'''), (3, '''1'''), (4, '''null''')) e (n, events), LATERAL refused(format('SELECT credit_lease.lease_ingest(%s::jsonb)', e.events)) r ORDER BY e.n;
 SELECT r.* FROM (VALUES (1, $$NULL, '{t}', '{1}'$$), (2, $$'{a}', NULL, '{1}'$$), (3, $$'{a}', '{t}', NULL$$),

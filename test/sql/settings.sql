@@ -48,7 +48,7 @@ SELECT lease_clock() BETWEEN transaction_timestamp() AND clock_timestamp() AS is
 SET credit_lease.mock_now = '2030-01-01 00:00:00+00';
 SELECT v.value, r.code, r.detail FROM (VALUES
 	('soon'), ('2030-13-01'), ('2030-01-01 25:00'), ('12:00'), ('infinity'), ('-infinity'), ('1 hour'), ('2030'), (' '),
-	('294277-01-01 00:00:00+00'), ('2030-01-01 00:00:00+00 and more')
+	('294277-01-01 00:00:00+00'), ('2030-01-01 00:00:00+00 and more'), ('now'), ('tomorrow 12:00')
   ) v (value), LATERAL refusal(format('SET credit_lease.mock_now = %L', v.value)) r;
 SELECT r.code, r.detail FROM refusal(format('SET credit_lease.mock_now = %L', repeat('2030-01-01 ', 1000))) r;
 SELECT lease_clock();
