@@ -83,6 +83,7 @@ static Statement pools_statement = {
 typedef struct Account
 {
 	text	   *name;
+	bool		used;			/* it has events that may be paid for */
 	bool		locked;			/* it was there, and not striped */
 	bool		frozen;			/* something of it is */
 	bool		striped;
@@ -164,7 +165,7 @@ sort_events(Batch *batch)
 	}
 }
 
-/* Returns the names of accounts that are not known to be striped, in order; and of those that are not locked. */
+/* Returns the names of used accounts that are not known to be striped, in order: all, or those that are not locked. */
 static Datum *
 list_accounts(const Batch *batch, bool locked_too, int *n)
 {
@@ -175,7 +176,7 @@ list_accounts(const Batch *batch, bool locked_too, int *n)
 	{
 		const Account *account = &batch->account[i];
 
-		if (!account->striped && (locked_too || !account->locked))
+		if (account->used && !account->striped && (locked_too || !account->locked))
 			name[(*n)++] = PointerGetDatum(account->name);
 	}
 	return name;
@@ -706,6 +707,8 @@ work_on_all(Batch *batch)
 {
 	int			size = Max(PART, batch->nevents / PARTS + 1);
 
+	for (int i = 0; i < batch->nevents; i++)
+		batch->account[batch->event[i]->account_number].used = true;
 	if (batch->charge)
 		create_accounts(batch);
 	while (!guard_attempt(lock_accounts, batch))

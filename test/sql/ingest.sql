@@ -187,6 +187,13 @@ SELECT * FROM lease_ingest('[
 	{"account": "ingest:41", "credit": "tokens", "amount": 1, "key": "e"},
 	{"account": "ingest:41", "feature": "sound", "quantity": 1, "key": "e"},
 	{"account": "ingest:8", "feature": "sound", "quantity": 1}]');
+-- what is not charged makes no account
+SELECT ordinal, applied, reason FROM lease_ingest('[
+	{"account": "ingest:41", "credit": "tokens", "amount": 10},
+	{"account": "ingest:42", "feature": "none", "quantity": 1},
+	{"account": "ingest:43", "feature": "sound", "quantity": 1},
+	{"account": "ingest:44", "feature": "huge", "quantity": 100}]', 'charge');
+SELECT account FROM account WHERE account BETWEEN 'ingest:41' AND 'ingest:44';
 -- a frozen credit is passed over
 SELECT available FROM lease_topup('ingest:8', 'pages', 10);
 SELECT available FROM lease_topup('ingest:8', 'cents', 10);
