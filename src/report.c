@@ -70,7 +70,8 @@
  * spent before it, as long as that has not been reported. The leases that have
  * not been read for longest come first. As a running total, all of that is one
  * report, in the place of an earlier one that the upstream has not taken: in
- * its lane, so that they are not sent out of order.
+ * its lane, so that they are not sent out of order. It has the number of an
+ * entry that is not reported by itself, as those of lease_track() are.
  */
 static Statement collect_statement = {
 	.custom = true,
@@ -80,7 +81,7 @@ static Statement collect_statement = {
 	"    ON t.account = i.account AND t.credit = i.credit AND t.tranche_id = i.tranche_id"
 	"   WHERE NOT i.complete AND t.consumed <> i.consumed AND (i.entry_id < $3 OR NOT " IN_STRIPES ") ORDER BY i.entry_id LIMIT $1) u CROSS JOIN LATERAL credit_lease.lease_policy(u.account, u.credit) p"
 	"  LEFT JOIN credit_lease.upstream s ON s.server = u.server),"
-	" entry AS (SELECT l.*, m.id, m.consumed, m.created_at,"
+	" entry AS (SELECT l.*, m.id, m.kind, m.consumed, m.created_at,"
 	"   pg_catalog.sum(m.consumed) OVER lease AS total,"
 	"   pg_catalog.sum(m.consumed) FILTER (WHERE m.kind <> 'track') OVER lease AS to_report"
 	"  FROM lease l, LATERAL (SELECT v.entry_id AS id, v.kind, v.consumed, v.created_at FROM credit_lease.movement v"
@@ -91,8 +92,11 @@ static Statement collect_statement = {
 	" due AS (SELECT e.*, greatest(pg_catalog.min(coalesce(e.to_report, 0) - e.owed) OVER (PARTITION BY e.account, e.credit, e.tranche_id"
 	"   ORDER BY e.id DESC), 0) AS reported FROM entry e),"
 	" last AS (SELECT DISTINCT ON (d.account, d.credit, d.tranche_id) d.* FROM due d ORDER BY d.account, d.credit, d.tranche_id, d.id DESC),"
-	" superseded AS (DELETE FROM credit_lease.usage_report r USING last t WHERE t.cumulative AND t.reported > 0"
-	"   AND r.account = t.account AND r.credit = t.credit AND r.tranche_id = t.tranche_id AND r.cumulative"
+	" running AS (SELECT DISTINCT ON (d.account, d.credit, d.tranche_id) d.* FROM due d"
+	"   WHERE d.cumulative AND d.reported > 0 AND d.kind <> 'track'"
+	"   ORDER BY d.account, d.credit, d.tranche_id, d.id DESC),"
+	" superseded AS (DELETE FROM credit_lease.usage_report r USING running t"
+	"   WHERE r.account = t.account AND r.credit = t.credit AND r.tranche_id = t.tranche_id AND r.cumulative"
 	"   RETURNING r.account, r.credit, r.tranche_id, r.credits, CASE WHEN r.refused_at IS NULL THEN r.lane END AS lane),"
 	" report AS (INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
 	"   company_id, event, quantity, created_at, idempotency_key, lane, credit_type_id, credits, cumulative)"
@@ -103,10 +107,9 @@ static Statement collect_statement = {
 	"     OVER (PARTITION BY d.account, d.credit, d.tranche_id ORDER BY d.id) AS credits FROM due d WHERE NOT d.cumulative) e"
 	"    WHERE e.credits > 0"
 	"   UNION ALL SELECT t.*, t.reported + coalesce(o.credits, 0), t.told + t.reported, o.lane"
-	"    FROM last t LEFT JOIN (SELECT r.account, r.credit, r.tranche_id, pg_catalog.sum(r.credits) AS credits, pg_catalog.max(r.lane) AS lane"
+	"    FROM running t LEFT JOIN (SELECT r.account, r.credit, r.tranche_id, pg_catalog.sum(r.credits) AS credits, pg_catalog.max(r.lane) AS lane"
 	"     FROM superseded r GROUP BY r.account, r.credit, r.tranche_id) o"
-	"     ON o.account = t.account AND o.credit = t.credit AND o.tranche_id = t.tranche_id"
-	"    WHERE t.cumulative AND t.reported > 0) q)"
+	"     ON o.account = t.account AND o.credit = t.credit AND o.tranche_id = t.tranche_id) q)"
 	" UPDATE credit_lease.lease_usage u SET entry_id = s.id, consumed = u.consumed + s.total,"
 	"  owed = u.owed + s.reported - coalesce(s.to_report, 0), total = u.total + CASE WHEN s.cumulative THEN s.reported ELSE 0 END"
 	" FROM last s"

@@ -531,10 +531,20 @@ $session = LeaseTest::Session->new($node);
 sql(q{SELECT lease_consume('acct:total', 'tokens', 1);});
 converges('acct:total', 'a total and a crash');
 
-# one by one again, and what was tracked, as ever
+# what was tracked is told as ever, also while a total up to there is
 ($hold) = sql(q{SELECT reservation_id FROM lease_check('acct:total', 'chat', 60);});
-sql("SELECT lease_track('acct:total', $hold, 41);");
+$upstream->fault(fault => 'hang', match => 'ingest', company_id => 'acct:total', after_effect => JSON::PP::true, times => undef);
+sql("BEGIN; SELECT lease_consume('acct:total', 'tokens', 1); SELECT lease_track('acct:total', $hold, 41); COMMIT;");
+becomes($node, q{SELECT array_agg(cumulative ORDER BY entry_id) = '{t,f}' FROM credit_lease.usage_report WHERE account = 'acct:total'},
+	'a total and what was tracked after it');
+sql(q{SELECT lease_ingest('[{"account": "acct:total", "feature": "chat", "quantity": 3}]');});
+becomes($node, q{SELECT t.consumed = u.consumed FROM credit_lease.tranche t JOIN credit_lease.lease_usage u USING (account, credit, tranche_id)
+	WHERE account = 'acct:total'}, 'where there is nothing more, the total stays');
+is(sql(q{SELECT array_agg(cumulative ORDER BY entry_id) FROM usage_report WHERE account = 'acct:total';}), '{t,f,f}', 'as it was');
+$upstream->clear;
 converges('acct:total', 'tracked beside totals');
+
+# one by one again
 sql(q{ALTER SERVER billing OPTIONS (SET usage 'events');});
 sql(q{SELECT lease_consume('acct:total', 'tokens', 3);});
 converges('acct:total', 'one by one again');
@@ -560,6 +570,15 @@ $leasing->clear;
 $leasing->same_books('totals of a lease that hung', [ $node, 'leases' ]);
 ($told) = (map { $leasing->events_of('acct:lease', $_) } $leasing->asked('events', 'acct:lease'))[-1];
 is_deeply([ @{ $told->{body} }{qw(quantity cumulative)} ], [ 30, JSON::PP::true ], 'what it is told');
+$of_leases->run_safe(q{INSERT INTO meter (feature, credit, rate, event) VALUES ('image', 'images', 2, 'image');});
+$leasing->rate('image', 2, 'images');
+$leasing->fault(fault => 'hang', match => 'events', company_id => 'acct:lease', after_effect => JSON::PP::true, times => undef);
+($hold) = $of_leases->run_safe(q{SELECT reservation_id FROM lease_check('acct:lease', 'image', 5);});
+$of_leases->run_safe("BEGIN; SELECT lease_consume('acct:lease', 'images', 4); SELECT lease_track('acct:lease', $hold, 5); COMMIT;");
+becomes($node, q{SELECT array_agg(cumulative ORDER BY entry_id) = '{t,f}' FROM credit_lease.usage_report}, 'a total, and what was tracked after it',
+	dbname => 'leases');
+$leasing->clear;
+$leasing->same_books('tracked beside totals of leases', [ $node, 'leases' ]);
 $of_leases->run_safe(q{SELECT lease_release('acct:lease', 'images');});
 until_true(sub { $leasing->asked('release', 'acct:lease') }, 'it is released');
 $leasing->same_books('totals of a lease that was released', [ $node, 'leases' ]);
