@@ -164,6 +164,7 @@ static Statement ask_statement = {
  * What is to be sent now, no more to one server than its share, so that one
  * that hangs does not keep others waiting. A lease is given back upstream when
  * all of its usage has been reported and nothing of it is held or carved out.
+ * What is refunded when that has been read is not read any more.
  */
 static Statement due_statement = {
 	.sql = "SELECT d.* FROM (SELECT r.account, r.credit, r.kind, r.lease_id, r.server,"
@@ -180,8 +181,9 @@ static Statement due_statement = {
 	" AND (r.kind <> 'release' OR NOT EXISTS (SELECT FROM credit_lease.whole_tranche t"
 	"  JOIN credit_lease.lease_usage u ON u.account = t.account AND u.credit = t.credit AND u.tranche_id = t.tranche_id"
 	"  WHERE t.account = r.account AND t.credit = r.credit AND t.kind = 'upstream' AND t.lease_id = r.lease_id"
-	"  AND (t.reserved > 0 OR t.chunked > 0 OR t.consumed <> u.consumed OR EXISTS (SELECT FROM credit_lease.usage_report q"
-	"   WHERE q.account = t.account AND q.credit = t.credit AND q.tranche_id = t.tranche_id AND q.refused_at IS NULL))))"
+	"  AND (t.reserved > 0 OR t.chunked > 0 OR (NOT u.complete AND t.consumed <> u.consumed)"
+	"   OR EXISTS (SELECT FROM credit_lease.usage_report q WHERE q.account = t.account AND q.credit = t.credit"
+	"    AND q.tranche_id = t.tranche_id AND q.refused_at IS NULL))))"
 	" ) d WHERE d.place + (SELECT pg_catalog.count(*) FROM unnest($7) AS f (server) WHERE f.server = d.server) <= $8"
 	" ORDER BY d.next_try_at LIMIT $2",
 	.nargs = 8,

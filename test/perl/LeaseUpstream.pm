@@ -282,10 +282,10 @@ sub _differences
 			SELECT EXISTS (SELECT FROM credit_lease.usage_report WHERE refused_at IS NULL)
 				OR EXISTS (SELECT FROM credit_lease.upstream_request WHERE kind <> 'acquire' AND NOT refused)
 				OR EXISTS (SELECT FROM credit_lease.lease_usage u JOIN credit_lease.whole_tranche t
-					USING (account, credit, tranche_id) WHERE t.consumed <> u.consumed)}) eq 't';
+					USING (account, credit, tranche_id) WHERE t.consumed <> u.consumed AND NOT u.complete)}) eq 't';
 		for (split /\n/, $node->safe_psql($dbname, $reported . q{
 			SELECT t.lease_id, t.granted,
-				   t.consumed + u.owed - coalesce((SELECT sum(r.quantity) FROM credit_lease.usage_report r
+				   u.consumed + u.owed - coalesce((SELECT sum(r.quantity) FROM credit_lease.usage_report r
 					WHERE r.account = t.account AND r.credit = t.credit AND r.tranche_id = t.tranche_id
 					  AND r.entry_id NOT IN (SELECT track_entry_id FROM tracked)), 0)
 				   - coalesce((SELECT sum(l.amount) FROM credit_lease.ledger l

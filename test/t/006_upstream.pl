@@ -259,6 +259,18 @@ is("@order", 'acquire events events release', 'after all usage');
 ($lease) = $upstream->leases('acct:back');
 is("$lease->{state} $lease->{used} $lease->{released}", 'released 15 85', 'and has the rest back');
 
+# what is refunded when all is read is told to nobody, and keeps nobody waiting
+account('acct:refunded', 1000);
+$upstream->fault(fault => 'hang', match => 'events', company_id => 'acct:refunded', times => undef);
+my $spent = sql("SELECT entry_id FROM lease_consume('acct:refunded', 'tokens', 7);");
+sql("SELECT lease_release('acct:refunded', 'tokens');");
+becomes($node, q{SELECT complete FROM credit_lease.lease_usage WHERE account = 'acct:refunded'}, 'all usage of a lease that was released is read');
+sql("SELECT lease_refund('acct:refunded', $spent, 3);");
+$upstream->clear;
+becomes($node, q{SELECT count(*) = 0 FROM credit_lease.upstream_request WHERE account = 'acct:refunded'}, 'after a refund, too, it hears of the release');
+($lease) = $upstream->leases('acct:refunded');
+is("$lease->{state} $lease->{used} $lease->{released}", 'released 7 93', 'and has been told all that was read');
+
 # what is spent of a chunk is reported when the chunk ends
 account('acct:chunk', 1000);
 my $chunk = sql("SELECT chunk_id FROM lease_chunk_allocate('acct:chunk', 'tokens', 20, 'worker', '1 hour');");
