@@ -127,8 +127,8 @@ static Statement release_statement = {
 /*
  * Who has to be asked for a pool, what it has, and what is being asked
  * already. As long as a lease of the pool is to be released, the upstream
- * would hand that one back. Of a mirror the last columns tell: whether it is
- * trusted, and when it was told.
+ * would hand that one back, until that has ended there. Of a mirror the last
+ * columns tell: whether it is trusted, and when it was told.
  */
 static Statement pool_statement = {
 	.sql = "SELECT p.server, s.available, t.lease_id, r.next_try_at, r.refused, r.error,"
@@ -144,7 +144,8 @@ static Statement pool_statement = {
 	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.kind = 'upstream'"
 	"  AND t.server = p.server AND t.released_at IS NULL AND t.expires_at > $3"
 	" LEFT JOIN credit_lease.upstream_request r ON r.account = $1 AND r.credit = $2 AND r.server = p.server"
-	"  AND (CASE WHEN u.supply = 'mirror' THEN r.kind = 'balance' WHEN t.lease_id IS NULL THEN r.kind IN ('acquire', 'release')"
+	"  AND (CASE WHEN u.supply = 'mirror' THEN r.kind = 'balance' WHEN t.lease_id IS NULL"
+	"    THEN r.kind = 'acquire' OR (r.kind = 'release' AND r.expires_at > $3)"
 	"   ELSE r.kind = 'extend' AND r.lease_id = t.lease_id END)"
 	" ORDER BY r.kind DESC LIMIT 1",
 	.nargs = 3,

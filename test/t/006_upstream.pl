@@ -271,6 +271,18 @@ becomes($node, q{SELECT count(*) = 0 FROM credit_lease.upstream_request WHERE ac
 ($lease) = $upstream->leases('acct:refunded');
 is("$lease->{state} $lease->{used} $lease->{released}", 'released 7 93', 'and has been told all that was read');
 
+# ... and while it does not hear of it, the pool is supplied when the lease has ended there
+for my $account (qw(acct:kept_1 acct:kept_2))
+{
+	account($account, 1000, lease_duration => '5 seconds');
+	my $kept = sql("SELECT reservation_id FROM lease_reserve('$account', 'tokens', 20, '2 days');");
+	is(sql("SELECT lease_release('$account', 'tokens');"), 't', 'a lease is released that is held for long');
+	is(sql("SELECT available FROM lease_consume('$account', 'tokens', 1);"), '99', 'a call waits for the next one');
+	is(join(' ', map { $_->{state} } $upstream->leases($account)), 'expired live', 'until the upstream has no other');
+	is(scalar $upstream->asked('acquire', $account), 2, 'and is not asked in vain');
+	sql("SELECT lease_cancel('$account', $kept);");
+}
+
 # what is spent of a chunk is reported when the chunk ends
 account('acct:chunk', 1000);
 my $chunk = sql("SELECT chunk_id FROM lease_chunk_allocate('acct:chunk', 'tokens', 20, 'worker', '1 hour');");
