@@ -476,7 +476,7 @@ CREATE INDEX usage_report_tranche ON credit_lease.usage_report (account, credit,
 COMMENT ON TABLE credit_lease.usage_report IS 'usage that is to be reported to an upstream; a row leaves when the upstream has taken it, and stays when it has refused it for good';
 COMMENT ON COLUMN credit_lease.usage_report.entry_id IS 'the ledger entry; or what reservation.track_entry_id has';
 COMMENT ON COLUMN credit_lease.usage_report.lease_id IS 'the lease that has paid, or the first of them; NULL where none has, or a mirror';
-COMMENT ON COLUMN credit_lease.usage_report.quantity IS 'credits; units of the feature for what lease_track() was told; the running total, where it is one';
+COMMENT ON COLUMN credit_lease.usage_report.quantity IS 'credits; units of the feature for what lease_track() was told, unless the part is too small for any; the running total, where it is one';
 COMMENT ON COLUMN credit_lease.usage_report.traits IS 'what lease_track() was told of it';
 COMMENT ON COLUMN credit_lease.usage_report.idempotency_key IS 'by this the upstream counts it once: made of the lease, or of the account, the credit and the mirror, the entry and its time; or of the account, the reservation and its time';
 COMMENT ON COLUMN credit_lease.usage_report.lane IS 'one request of each lane is under way to a server at a time; from 4 on it is sent alone, as it was in one that was refused';

@@ -138,16 +138,22 @@ static Statement complete_statement = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
-/* What was used is told to whom the lease is from that has paid, or who supplies the pool. */
+/*
+ * What was used is told to whom the lease is from that has paid, or who
+ * supplies the pool. Of less than the smallest quantity the credits are told
+ * that it has cost, as of other spending.
+ */
 static Statement usage_statement = {
 	.sql = "INSERT INTO credit_lease.usage_report (account, entry_id, credit, tranche_id, server, lease_id,"
 	" company_id, event, quantity, traits, created_at, idempotency_key, lane, credit_type_id, credits)"
 	" SELECT $1, $3, $2, t.tranche_id, coalesce(t.server, p.server), t.lease_id,"
-	"  coalesce(u.company_id, p.company_id), $5, $6, $7, $8, $9, " LANE_OF("$1") ", p.credit_type_id, CASE WHEN t.kind = 'mirror' THEN $10 END"
+	"  coalesce(u.company_id, p.company_id), CASE WHEN $6 > 0 THEN $5 ELSE p.event END,"
+	"  CASE WHEN $6 > 0 THEN $6 ELSE $10 END, $7, $8, $9, " LANE_OF("$1") ", p.credit_type_id,"
+	"  CASE WHEN t.kind = 'mirror' THEN $10 END"
 	" FROM credit_lease.lease_policy($1, $2) p"
 	" LEFT JOIN credit_lease.tranche t ON t.account = $1 AND t.credit = $2 AND t.tranche_id = $4"
 	" LEFT JOIN credit_lease.lease_usage u ON u.account = $1 AND u.credit = $2 AND u.tranche_id = t.tranche_id"
-	" WHERE coalesce(t.server, p.server) IS NOT NULL AND $6 > 0",
+	" WHERE coalesce(t.server, p.server) IS NOT NULL AND greatest($6, $10) > 0",
 	.nargs = 10,
 	.argtypes = {TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID, NUMERICOID, JSONBOID, TIMESTAMPTZOID, TEXTOID, NUMERICOID}
 };
@@ -278,7 +284,7 @@ report_collect(void)
 /*
  * report_usage
  *		Has a quantity reported of what a hold was made for: to the upstream of
- *		a lease or a mirror, of which it has cost so many credits, or where the
+ *		a lease or a mirror, which it has cost so many credits, or where the
  *		tranche is 0, of the pool, if it has one. The key is what the upstream
  *		counts it once by.
  */

@@ -245,43 +245,52 @@ paid_by(const Pool *pool, int payer)
  *		Has the usage reported that is to be charged and not saved yet, once:
  *		where several leases of a server have paid, as that of the first; where
  *		several servers have, or a mirror beside them, to each of them its part,
- *		and what was missing with the first. What a grant of our own has paid is
- *		no business of the upstream's: where it has paid a part, so much less is
- *		reported.
+ *		and with the first what was missing and what does not divide. A part of
+ *		less than the smallest quantity is reported as credits. What a grant of
+ *		our own has paid is no business of the upstream's: where it has paid a
+ *		part, so much less is reported.
  */
 void
 settle_report(const Pool *pool, const Hold *hold, const char *key)
 {
 	Numeric		amount = amount_add(hold->consumed, hold->shortfall);
 	Numeric		owed = amount;
+	Numeric		told = amount_zero();
+	Numeric		first_paid = amount_zero();
 	const Tranche *first = NULL;
+	Numeric		quantity;
 
 	for (int i = 0; i < pool->ntranches; i++)
 	{
 		const Tranche *tranche = pool->tranche[i];
 		Numeric		paid = tranche->server ? paid_by(pool, i) : unsaved(tranche);
+		Numeric		part;
 
 		if (amount_sign(paid) == 0)
 			continue;
 		if (tranche->server && first == NULL)
 		{
 			first = tranche;
+			first_paid = paid;
 			continue;
 		}
-		owed = amount_subtract(owed, paid);
+		part = tranche->server ? amount_part(hold->tracked, paid, amount) : amount_zero();
+		told = amount_add(told, part);
+		if (amount_sign(part) == 0)
+			owed = amount_subtract(owed, paid);
 		if (tranche->server)
 		{
-			Hold		part = *hold;
+			Hold		other = *hold;
 
-			part.track_entry_id = ledger_draw_number();
-			report_usage(pool, &part, tranche->tranche_id, unsaved(tranche), amount_part(hold->tracked, paid, amount),
+			other.track_entry_id = ledger_draw_number();
+			report_usage(pool, &other, tranche->tranche_id, paid, part,
 						 psprintf("%s:" INT64_FORMAT, key, tranche->tranche_id));
 		}
 	}
 	if (amount_sign(owed) == 0)
 		return;
-	report_usage(pool, hold, first ? first->tranche_id : 0, first ? unsaved(first) : amount_zero(),
-				 amount_compare(owed, amount) == 0 ? hold->tracked : amount_part(hold->tracked, owed, amount), key);
+	quantity = amount_compare(owed, amount) == 0 ? hold->tracked : amount_part(hold->tracked, owed, amount);
+	report_usage(pool, hold, first ? first->tranche_id : 0, first_paid, amount_subtract(quantity, told), key);
 }
 
 /*

@@ -543,6 +543,19 @@ SELECT * FROM acknowledge(37);
 SELECT * FROM acknowledge(36);
 ROLLBACK;
 
+-- What several have paid is told to each of them in quantities that add up, or
+-- where they would be too small, in credits.
+BEGIN;
+INSERT INTO meter (feature, credit, rate, event) VALUES ('mirror third', 'tokens', 3, 'third'), ('mirror tiny', 'tokens', 1e12, 'tiny');
+SELECT * FROM sync('mirror:third', 1, 1, server => 'mirror_a');
+SELECT * FROM sync('mirror:third', 10, 1, server => 'mirror_b');
+SELECT t.consumed FROM lease_check('mirror:third', 'mirror third', 1) c, lease_track('mirror:third', c.reservation_id, 1) t;
+SELECT * FROM sync('mirror:tiny', 0.5, 1, server => 'mirror_a');
+SELECT * FROM sync('mirror:tiny', 10, 1, server => 'mirror_b');
+SELECT t.consumed FROM lease_check('mirror:tiny', 'mirror tiny', 1e-12) c, lease_track('mirror:tiny', c.reservation_id, 1e-12) t;
+SELECT account, server, event, quantity, credits FROM usage_report WHERE account IN ('mirror:third', 'mirror:tiny') ORDER BY 1, 2;
+ROLLBACK;
+
 SELECT * FROM lease_verify();
 DELETE FROM policy WHERE account LIKE 'mirror:%';
 DROP SERVER mirror_a;
