@@ -187,7 +187,7 @@ Datum
 ledger_guard(PG_FUNCTION_ARGS)
 {
 	if (!CALLED_AS_TRIGGER(fcinfo))
-		elog(ERROR, "ledger_guard() was not called by a trigger");
+		elog(ERROR, "ledger_guard() was not called as a trigger");
 
 	ereport(ERROR,
 			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),

@@ -15,7 +15,7 @@
  * lease_explain() is a check that waits for nobody but the account's lock, and
  * is rolled back.
  *
- * Locks: the account.
+ * Locks: the account, or stripes of it.
  */
 #include "postgres.h"
 

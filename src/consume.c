@@ -2,7 +2,7 @@
  * consume.c
  *		lease_consume() and lease_try_consume(): credit that is spent at once.
  *
- * Locks: the account.
+ * Locks: the account, or stripes of it.
  */
 #include "postgres.h"
 

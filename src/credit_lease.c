@@ -5,7 +5,7 @@
  * How the sources hang together, from the caller down:
  *
  *	money_in.c, consume.c, reservation.c, settle.c, carve.c, chunk_consume.c, check.c, lease.c,
- *	mirror.c, reclaim.c, balance.c, admin.c
+ *	mirror.c, ingest.c, reclaim.c, balance.c, admin.c
  *				the SQL functions; reclaim.c also what calls give back themselves
  *	session_deposit.c, session_charge.c, session_snapshot.c
  *				the SQL functions of sessions
@@ -13,10 +13,16 @@
  *	policy.c	the settings of a pool, and whether pools may have an upstream
  *	meter.c, rule.c
  *				what features cost, and the user's own functions that decide about them
+ *	ingest_batch.c, ingest_price.c, ingest_key.c, ingest_write.c, ingest_single.c, rows.c
+ *				usage in bulk: what it costs, its keys, and its entries; what cannot be done so,
+ *				by itself; arrays of rows
  *	argument.c	checks of what the caller passed, before anything is locked
  *	request.c	the idempotency key and what it stands for
- *	account.c	the lock of an account
+ *	account.c, stripe.c, held.c
+ *				the lock of an account, and of its stripes, and which of them the transaction has
  *	pool.c		the tranches of one pool: reading, deciding, moving amounts
+ *	gather.c, restripe.c
+ *				what a call brings to its stripe from others, and how tranches come into stripes
  *	hold.c		the rows of reservations
  *	chunk.c		the rows of chunks, and of sessions
  *	session.c	what the functions of sessions have in common
@@ -34,9 +40,10 @@
  *	amount.c, clock.c
  *				exact amounts, and the time
  *
- * Locks: a call locks the row of its account, in credit_lease.account, and waits
- * for nothing else; who spends of a chunk or a session locks that in place of the
- * account, and who ends one locks it after the account (chunk.c). Whoever sweeps several accounts (reclaim.c) never waits.
+ * Locks: a call locks the row of its account, in credit_lease.account, or
+ * stripes of it, in an order that account.c has; who spends of a chunk or a
+ * session locks that in place of the account, and who ends one locks it after
+ * the account (chunk.c). Whoever sweeps several accounts (reclaim.c) never waits.
  */
 #include "postgres.h"
 

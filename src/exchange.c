@@ -27,6 +27,7 @@
 #include "catalog/pg_foreign_server.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
+#include "common/pg_prng.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
@@ -614,5 +615,5 @@ back_off_ms(int first, int failures, int longest)
 {
 	int			full = (int) Min((int64) first << Min(failures, 20), longest);
 
-	return full / 2 + (int) (random() % (full / 2 + 1));
+	return full / 2 + (int) pg_prng_uint64_range(&pg_global_prng_state, 0, full / 2);
 }

@@ -213,6 +213,7 @@ lease_ingest_arrays(PG_FUNCTION_ARGS)
 		IngestEvent *event = &events[i];
 		void	   *value;
 
+		CHECK_FOR_INTERRUPTS();
 		event->ordinal = i + 1;
 		event->account = check_text(i + 1, "account", text_element(&account, i));
 		value = element(&amount, i);

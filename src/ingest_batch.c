@@ -585,6 +585,7 @@ decide_account(Part *part, int first, int end)
 
 	for (int i = first; i < end; i++)
 	{
+		CHECK_FOR_INTERRUPTS();
 		if (part->single[i])
 			return;
 		if (!decide_event(part, part->event[i]))

@@ -53,6 +53,8 @@ typedef struct Child
 	int			wait_ms;
 } Child;
 
+static Child children[WORKER_SLOTS];
+
 static ProcessUtility_hook_type previous_utility = NULL;
 
 PGDLLEXPORT void launcher_main(Datum arg);
@@ -128,7 +130,7 @@ database_exists(const char *database)
 
 /* Starts what is missing and ends what is not wanted any more. */
 static void
-launch(Child *children)
+launch(void)
 {
 	bool		wanted[WORKER_SLOTS] = {false};
 	TimestampTz now = GetCurrentTimestamp();
@@ -153,10 +155,20 @@ launch(Child *children)
 	}
 }
 
+/* Nobody knows the workers of a launcher that has ended. */
+static void
+end_workers(int code, Datum arg)
+{
+	for (int i = 0; i < WORKER_SLOTS; i++)
+	{
+		if (children[i].handle)
+			TerminateBackgroundWorker(children[i].handle);
+	}
+}
+
 void
 launcher_main(Datum arg)
 {
-	Child		children[WORKER_SLOTS] = {0};
 	uint32		wait_event = WaitEventExtensionNew("CreditLeaseLauncher");
 	MemoryContext loop = AllocSetContextCreate(TopMemoryContext, "credit_lease launcher",
 											   ALLOCSET_DEFAULT_SIZES);
@@ -165,13 +177,14 @@ launcher_main(Datum arg)
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+	before_shmem_exit(end_workers, 0);
 
 	for (;;)
 	{
 		for (int i = 0; i < WORKER_SLOTS; i++)
 			look_after(&children[i]);
 		MemoryContextSwitchTo(loop);
-		launch(children);
+		launch();
 		MemoryContextReset(loop);
 
 		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, LOOK_MS, wait_event);

@@ -379,7 +379,8 @@ release_unwanted(TimestampTz now)
 			all = false;
 		else if (error)
 			ereport(WARNING,
-					(errmsg("lease \"%s\" was not released: %s",
+					(errcode(error->sqlerrcode),
+					 errmsg("lease \"%s\" was not released: %s",
 							TextDatumGetCString(lease[2]), error->message)));
 	}
 	return all;
@@ -864,7 +865,8 @@ leasing_take(Exchange *exchange)
 		{
 			upstream_state_note(exchange->server, error);
 			ereport(LOG,
-					(errmsg("an answer of upstream \"%s\" for credit \"%s\" of account \"%s\" was not taken: %s",
+					(errcode(failure ? failure->sqlerrcode : ERRCODE_FDW_REPLY_HANDLE),
+					 errmsg("an answer of upstream \"%s\" for credit \"%s\" of account \"%s\" was not taken: %s",
 							exchange->server, exchange->credit, exchange->account, error)));
 		}
 	}

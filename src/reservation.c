@@ -3,7 +3,7 @@
  *		lease_reserve(), lease_try_reserve(), lease_renew() and lease_cancel():
  *		a hold, until something is spent of it.
  *
- * Locks: the account.
+ * Locks: the account, or stripes of it.
  */
 #include "postgres.h"
 

@@ -8,7 +8,7 @@
  * is a fact, whatever has become of the hold: when it has expired, the pool is
  * charged what it still has.
  *
- * Locks: the account.
+ * Locks: the account, or stripes of it, and the hold.
  */
 #include "postgres.h"
 
@@ -116,6 +116,18 @@ static Numeric
 excess_amount(const Hold *hold, const void *amount)
 {
 	return amount ? amount_subtract((Numeric) amount, hold->amount) : amount_zero();
+}
+
+/* ... or of what was used; all of that, where the hold has ended. */
+static Numeric
+excess_of_quantity(const Hold *hold, const void *quantity)
+{
+	Numeric		amount;
+
+	if (hold->feature == NULL)
+		return amount_zero();
+	amount = meter_amount((Numeric) quantity, hold->rate, hold->unit);
+	return hold->status == HOLD_HELD && hold->expires_at > clock_now() ? amount_subtract(amount, hold->amount) : amount;
 }
 
 /*
@@ -302,18 +314,6 @@ usage_key(const Pool *pool, const Hold *hold)
 {
 	return psprintf("%s:" INT64_FORMAT ":" INT64_FORMAT, text_to_cstring(pool->account), hold->reservation_id,
 					hold->created_at + (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY);
-}
-
-/* ... or of what was used; all of that, where the hold has ended. */
-static Numeric
-excess_of_quantity(const Hold *hold, const void *quantity)
-{
-	Numeric		amount;
-
-	if (hold->feature == NULL)
-		return amount_zero();
-	amount = meter_amount((Numeric) quantity, hold->rate, hold->unit);
-	return hold->status == HOLD_HELD && hold->expires_at > clock_now() ? amount_subtract(amount, hold->amount) : amount;
 }
 
 /*

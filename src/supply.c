@@ -14,7 +14,7 @@
  * holds the account, which the worker then cannot supply, or reads a snapshot
  * in which a new lease would not be.
  *
- * Locks: the account, after the wait.
+ * Locks: the account, or stripes of it, after the wait.
  */
 #include "postgres.h"
 

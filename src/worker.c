@@ -406,9 +406,13 @@ recover(int slot, MemoryContext context)
 	EmitErrorReport();
 	MemoryContextSwitchTo(context);
 	error = CopyErrorData();
-	worker_state_failed(slot, error->message);
 	AbortOutOfAnyTransaction();
 	FlushErrorState();
+	worker_state_failed(slot, error->message);
+
+	/* what it was woken for may not have been done */
+	worker_state_wake(WAKE_FOR_LEASES | WAKE_FOR_POLICIES);
+	policies_changed = true;
 
 	/* what is under way is in the tables, and is asked again */
 	exchange_forget_all();
@@ -435,13 +439,14 @@ worker_main(Datum arg)
 	BackgroundWorkerUnblockSignals();
 	wait_event = WaitEventExtensionNew("CreditLeaseWorker");
 	BackgroundWorkerInitializeConnection(worker_state_database(slot), role[0] ? role : NULL, 0);
+	if (!worker_state_started(slot))
+		proc_exit(0);			/* of a launcher that has ended; the new one tries again */
 	for (int i = 0; i < (int) lengthof(own_settings); i++)
 		SetConfigOption(own_settings[i][0], own_settings[i][1], PGC_USERSET, PGC_S_OVERRIDE);
 	http_begin();
 	upstream_state_clear();
 	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, note_upstreams_changed, (Datum) 0);
 	CacheRegisterSyscacheCallback(USERMAPPINGOID, note_upstreams_changed, (Datum) 0);
-	worker_state_started(slot);
 	loop = AllocSetContextCreate(TopMemoryContext, "credit_lease worker", ALLOCSET_DEFAULT_SIZES);
 
 	if (sigsetjmp(failed, 1) != 0)

@@ -187,11 +187,20 @@ worker_exit(int code, Datum slot)
 	LWLockRelease(lock);
 }
 
-/* Notes that this process is the worker of a slot, until it ends. */
-void
+/*
+ * worker_state_started
+ *		Notes that this process is the worker of a slot, until it ends; returns
+ *		false where another one still is.
+ */
+bool
 worker_state_started(int slot)
 {
 	LWLockAcquire(lock, LW_EXCLUSIVE);
+	if (slots[slot].pid != 0)
+	{
+		LWLockRelease(lock);
+		return false;
+	}
 	slots[slot].pid = MyProcPid;
 	slots[slot].oid = MyDatabaseId;
 	slots[slot].procno = MyProc - ProcGlobal->allProcs;
@@ -201,6 +210,7 @@ worker_state_started(int slot)
 	slots[slot].holds = 0;
 	LWLockRelease(lock);
 	before_shmem_exit(worker_exit, Int32GetDatum(slot));
+	return true;
 }
 
 /*

@@ -21,7 +21,7 @@ extern void worker_state_make_leave(const char *database);
 
 extern bool worker_state_wake(int wake_for);
 
-extern void worker_state_started(int slot);
+extern bool worker_state_started(int slot);
 extern int	worker_state_woken_for(int slot);
 extern void worker_state_swept(int slot, int64 holds);
 extern void worker_state_failed(int slot, const char *message);

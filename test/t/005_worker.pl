@@ -54,6 +54,13 @@ is($node->safe_psql('postgres', "SELECT state, holds, lag, set_aside, last_error
 is($node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'credit_lease worker'"),
 	1, 'a database that is not there has none');
 
+# who ends the launcher ends the worker, and not more than one comes back
+my $first = $node->safe_psql('postgres', "SELECT pid FROM pg_stat_activity WHERE backend_type = 'credit_lease worker'");
+$node->safe_psql('postgres', "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'credit_lease launcher'");
+wait_until("SELECT count(*) = 1 AND min(pid) <> $first FROM pg_stat_activity WHERE backend_type = 'credit_lease worker'",
+	'a launcher that was ended starts another worker');
+wait_until(abandon(), 'which sweeps');
+
 # ---------------------------------------------------------------------------
 # It comes with the extension and with the database.
 
