@@ -77,7 +77,6 @@ CREATE TABLE credit_lease.tranche (
 	released_at timestamptz,
 	refill_below numeric,
 	refresh_at timestamptz,
-	owner text,
 	hold_expires_at timestamptz,
 	open boolean NOT NULL,
 	granted numeric NOT NULL DEFAULT 0,
@@ -155,7 +154,7 @@ COMMENT ON COLUMN credit_lease.tranche_stripe.reserved IS 'was held here, less w
 
 CREATE VIEW credit_lease.whole_tranche AS
 SELECT t.account, t.credit, t.tranche_id, t.kind, t.priority, t.created_at, t.expires_at, t.server, t.lease_id, t.released_at,
-	   t.refill_below, t.refresh_at, t.owner, t.open, t.granted,
+	   t.refill_below, t.refresh_at, t.open, t.granted,
 	   t.chunked + s.chunked AS chunked, t.reserved + s.reserved AS reserved, t.remaining + s.remaining AS remaining,
 	   t.consumed + s.consumed AS consumed, t.expired + s.expired AS expired, t.returned + s.returned AS returned,
 	   t.revoked + s.revoked AS revoked, t.overdrawn, t.trusted_until
@@ -651,7 +650,7 @@ COMMENT ON COLUMN credit_lease.balance.pending IS 'what was spent of its mirrors
 COMMENT ON COLUMN credit_lease.balance.checkpoint_as_of IS 'when the oldest of the checkpoints was true';
 
 CREATE VIEW credit_lease.open_lease AS
-SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, t.owner, t.server,
+SELECT t.account, t.credit, t.tranche_id, t.kind, t.lease_id, NULL::text AS owner, t.server,
 	   t.granted, t.remaining, t.reserved, t.priority, t.expires_at
   FROM credit_lease.whole_tranche t
  WHERE ((t.open AND (t.remaining <> 0 OR t.reserved <> 0 OR t.chunked <> 0)) OR t.kind = 'upstream') AND t.released_at IS NULL

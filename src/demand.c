@@ -251,7 +251,7 @@ demand_answer(const char *account, const char *credit, DemandAnswer answer, cons
 		if (mine)
 		{
 			place->answer = answer;
-			strlcpy(place->error, error ? error : "", sizeof(place->error));
+			shared_memory_keep_text(place->error, sizeof(place->error), error ? error : "");
 		}
 		LWLockRelease(lock);
 		if (mine)

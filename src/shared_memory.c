@@ -7,6 +7,7 @@
  */
 #include "postgres.h"
 
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "storage/ipc.h"
 #include "storage/shmem.h"
@@ -78,4 +79,14 @@ shared_memory_request(const char *name, Size (*size) (void), void **memory, LWLo
 		shmem_startup_hook = shmem_startup;
 	}
 	pieces[npieces++] = (Piece) {name, size, memory, lock};
+}
+
+/* Keeps as many whole characters of a text as there is room for. */
+void
+shared_memory_keep_text(char *to, Size size, const char *from)
+{
+	int			length = pg_mbcliplen(from, strlen(from), size - 1);
+
+	memcpy(to, from, length);
+	to[length] = '\0';
 }

@@ -127,7 +127,7 @@ note_error(UpstreamSlot *slot, const char *error)
 {
 	slot->failures++;
 	slot->last_error_at = GetCurrentTimestamp();
-	strlcpy(slot->error, error, sizeof(slot->error));
+	shared_memory_keep_text(slot->error, sizeof(slot->error), error);
 }
 
 /* Notes a request that the upstream has refused: it is well, so that others may be sent. */

@@ -269,7 +269,7 @@ worker_state_failed(int slot, const char *message)
 {
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	slots[slot].failed_at = GetCurrentTimestamp();
-	strlcpy(slots[slot].error, message, sizeof(slots[slot].error));
+	shared_memory_keep_text(slots[slot].error, sizeof(slots[slot].error), message);
 	LWLockRelease(lock);
 }
 
