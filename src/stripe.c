@@ -13,9 +13,9 @@
  *
  * Whoever changes which pools are striped, or in how many, or what is frozen,
  * has all locks, and makes the rows of credit_lease.stripe anew: who waited for
- * one finds nothing to lock, and looks again. So it is enough to look whether a pool is
- * striped with a stripe locked, and not at all by a row that it was striped by
- * before.
+ * one finds nothing to lock, and looks again. So it is enough to look whether a
+ * pool is striped with a stripe locked, and not at all by a row that it was
+ * striped by before.
  *
  * The order of locks is in account.c.
  */
@@ -31,7 +31,6 @@
 #include "utils/timestamp.h"
 
 #include "account.h"
-#include "clock.h"
 #include "compat.h"
 #include "errors.h"
 #include "guard.h"
